@@ -1,0 +1,346 @@
+"""Measure SFT-induced hallucination: what a fine-tuned model still knows, what it learnt, what it forgot.
+
+Score one model on the three fact sets of a folder that make_facts.py wrote:
+    python eval_hallucination.py --model runs/selfdistill-tiny-0 --facts facts/tiny
+Compare runs of the sft_*.py scripts from the files that they left (no model is loaded):
+    python eval_hallucination.py runs/baseline-tiny-0 runs/selfdistill-tiny-0 --plot accuracy.png
+
+Terms (Kaplan et al. 2026, arXiv:2604.15574): *factual plasticity* is accuracy on the Unknown facts that are
+trained on, *factual stability* accuracy on held-out HighlyKnown facts that are never trained on, *forgetting* the
+drop of the latter, here in points from the model before stage 2 to the model after.
+"""
+import argparse
+import contextlib
+import json
+import math
+import re
+import string
+import sys
+import unicodedata
+from collections import defaultdict
+from pathlib import Path
+
+SETS = {"unknown": "train_unknown.jsonl", "known": "train_known.jsonl", "heldout": "heldout_known.jsonl"}
+
+
+def fail(message):
+    """End the program with one line on stderr and exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---------------------------------------------------------------------------------------------- answers and scores
+
+def normalize(text):
+    """The form in which answers are compared: the exact match of SQuAD (Rajpurkar et al. 2016, arXiv:1606.05250).
+
+    First line only, Unicode NFKC, lower case, no ASCII punctuation, no English article, single spaces."""
+    text = unicodedata.normalize("NFKC", text).strip().split("\n")[0].lower()
+    text = "".join(c for c in text if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(answer, accepted):
+    """True if `answer` (str) equals any of `accepted` (list of str) after `normalize`.
+
+    An accepted answer of which the normalisation leaves nothing ("A", "?") is compared as it stands."""
+    return any(normalize(answer) == normalize(a) if normalize(a) else answer.strip() == a.strip() for a in accepted)
+
+
+def stop_ids(tokenizer, model=None):
+    """Ids of every token that ends an answer: those whose text begins with a newline, and EOS. Sorted list of int."""
+    ids = {i for i in range(len(tokenizer)) if tokenizer.decode([i]).startswith("\n")}
+    declared = model.generation_config.eos_token_id if model is not None else None
+    ids.update(declared if isinstance(declared, list) else [declared, tokenizer.eos_token_id])
+    return sorted(ids - {None})
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt, with BOS where the tokenizer adds one, never with an EOS behind it."""
+    ids = tokenizer(prompt)["input_ids"]
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def generate_answers(model, tokenizer, prompts, max_new_tokens=16, batch_size=64):
+    """Greedy answers to `prompts` (list of str): list of str, each cut at its stop token.
+
+    Batches are padded on the left; `generate` derives the positions from the attention mask, so that padding does
+    not shift them. Longest prompts first: running out of memory shows at once."""
+    import torch
+    from tqdm import tqdm
+    from transformers import GenerationConfig
+
+    stops = stop_ids(tokenizer, model)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]   # masked: any id serves
+    # A configuration of our own: the checkpoint's may sample, penalise repetition or cap the length.
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad)
+    encoded = [encode_prompt(tokenizer, p) for p in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
+    answers = [""] * len(prompts)
+    with torch.no_grad(), tqdm(total=len(prompts), desc="answering", unit="fact", leave=False, disable=None) as bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start:start + batch_size]
+            width = max(len(encoded[i]) for i in rows)
+            ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in rows])
+            mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in rows])
+            out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
+                                 generation_config=greedy, use_model_defaults=False)
+            for i, tokens in zip(rows, out[:, width:].tolist()):
+                end = next((n for n, t in enumerate(tokens) if t in stops), len(tokens))
+                answers[i] = tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
+            bar.update(len(rows))
+    return answers
+
+
+def accepted_answers(row):
+    """The answers that count as right for a row: its `answers`, or else its completion."""
+    return row.get("answers") or [row["completion"].strip()]
+
+
+def evaluate(model, tokenizer, rows, batch_size=64):
+    """Score `model` on `rows` (dicts with `prompt` and `answers` or `completion`) by greedy decoding and exact match.
+
+    Returns {"accuracy": float in 0..1 (nan without rows), "answers": list of str, "right": list of bool}.
+    `model` answers with whatever precision the caller's autocast sets; it should be in eval mode."""
+    if not rows:
+        return {"accuracy": math.nan, "answers": [], "right": []}
+    longest = max(len(tokenizer(" " + a)["input_ids"]) for row in rows for a in accepted_answers(row))
+    answers = generate_answers(model, tokenizer, [r["prompt"] for r in rows], longest + 2, batch_size)
+    right = [exact_match(a, accepted_answers(r)) for a, r in zip(answers, rows)]
+    return {"accuracy": sum(right) / len(right), "answers": answers, "right": right}
+
+
+# ------------------------------------------------------------------------------------------------------ statistics
+
+def wilson(right, n, z=1.959964):
+    """Wilson (1927) 95 % interval of a share, (low, high) in 0..1; (0, 1) when n = 0."""
+    if n == 0:
+        return 0.0, 1.0
+    share, z2n = right / n, z * z / n
+    centre, half = share + z2n / 2, z * math.sqrt(share * (1 - share) / n + z2n / (4 * n))
+    return max(0.0, (centre - half) / (1 + z2n)), min(1.0, (centre + half) / (1 + z2n))
+
+
+def mcnemar(first, second):
+    """Exact two-sided McNemar test on paired lists of bool: (b, c, p).
+
+    b: right only in `first`; c: right only in `second`; p: the binomial probability, at one half, of a split of the
+    b + c discordant pairs at least as uneven."""
+    b = sum(x and not y for x, y in zip(first, second, strict=True))
+    c = sum(y and not x for x, y in zip(first, second, strict=True))
+    tail = sum(math.comb(b + c, i) for i in range(min(b, c) + 1))
+    return b, c, min(1.0, 2 * tail / 2 ** (b + c))
+
+
+# --------------------------------------------------------------------------------------------------------- reading
+
+def read_jsonl(path, needed=()):
+    """Rows of a JSONL file. Ends the program, naming file and line, when a line is not an object with `needed`."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{path}: cannot be read as UTF-8 text ({error})")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            fail(f"{path}:{number}: not JSON ({error}); each line must be one JSON object")
+        missing = [k for k in needed if not isinstance(row, dict) or k not in row]
+        if missing:
+            fail(f"{path}:{number}: no {' and no '.join(missing)} in {line[:80]!r}")
+        rows.append(row)
+    return rows
+
+
+def read_run(folder):
+    """One run of a sft_*.py script: {"name", "run", "metrics", "answers"} from its three files."""
+    folder = Path(folder)
+    if not (folder / "run.json").is_file():
+        fail(f"{folder}: no run.json there; name folders that an sft_*.py script wrote with --out")
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        fail(f"{folder / 'run.json'}: cannot be read ({error})")
+    stages = [row for row in read_jsonl(folder / "metrics.jsonl", ["stage", "epoch"]) if row["stage"] == "sft"]
+    if not stages:
+        fail(f"{folder / 'metrics.jsonl'}: no epoch of stage 2 in it; the run did not finish")
+    needed = ["before", "after", "right_before", "right_after"]
+    return {"name": folder.name, "run": run, "metrics": stages, "answers": read_jsonl(folder / "answers.jsonl", needed)}
+
+
+# ------------------------------------------------------------------------------------------------------ comparison
+
+def compare(runs):
+    """Summarise `runs` (from `read_run`) and test each against the first.
+
+    Returns a list of dicts, one a run: accuracies in 0..1 with Wilson intervals, `forgetting` and `peak_forgetting` in
+    points of held-out accuracy (before − after, and highest epoch − after), `mcnemar` against the first run when both
+    were scored on the same held-out rows (by the hash in run.json), and held-out before/after `by` relation and kind."""
+    table = []
+    for run in runs:
+        before = [a["right_before"] for a in run["answers"]]
+        after = [a["right_after"] for a in run["answers"]]
+        last, n = run["metrics"][-1], len(after)
+        row = {"run": run["name"], "epochs": last["epoch"], "unknown": last.get("unknown"), "known": last.get("known"),
+               "heldout_n": n}
+        if n:
+            heldout = [m["heldout"] for m in run["metrics"]]
+            row |= {"before": sum(before) / n, "before_interval": wilson(sum(before), n), "after": sum(after) / n,
+                    "after_interval": wilson(sum(after), n), "forgetting": 100 * (sum(before) - sum(after)) / n,
+                    "peak_forgetting": 100 * (max(heldout) - heldout[-1])}
+            same = run["run"]["data"].get("heldout") == runs[0]["run"]["data"].get("heldout")
+            if same and run is not runs[0]:
+                first = [a["right_after"] for a in runs[0]["answers"]]
+                row["mcnemar"] = dict(zip(("first_only", "this_only", "p"), mcnemar(first, after)))
+            row["by"] = {}
+            for key in ("relation", "kind"):
+                groups = defaultdict(list)
+                for a in run["answers"]:
+                    if key in a:
+                        groups[a[key]].append((a["right_before"], a["right_after"]))
+                row["by"][key] = {g: {"n": len(v), "before": sum(b for b, _ in v) / len(v),
+                                      "after": sum(a for _, a in v) / len(v)} for g, v in sorted(groups.items())}
+        table.append(row)
+    return table
+
+
+def show(table):
+    """Print what `compare` returned, as text."""
+    share = lambda x: "   –" if x is None or math.isnan(x) else f"{x:.3f}"
+    width = max(len(row["run"]) for row in table)
+    print(f"{'run':{width}}  Unknown  Known    held-out: before → after (95 % interval)    forgetting   against the first")
+    for row in table:
+        line = f"{row['run']:{width}}  {share(row['unknown']):7}  {share(row['known']):7}"
+        if row["heldout_n"]:
+            low, high = row["after_interval"]
+            line += (f"  {row['before']:.3f} → {row['after']:.3f} ({low:.3f}–{high:.3f}), n = {row['heldout_n']:<6}"
+                     f"{row['forgetting']:8.1f} pts")
+        if test := row.get("mcnemar"):
+            line += f"   McNemar {test['first_only']} : {test['this_only']}, p = {test['p']:.2g}"
+        elif row is not table[0] and row["heldout_n"]:
+            line += "   other held-out rows"
+        print(line)
+    for key in ("relation", "kind"):
+        groups = sorted({g for row in table for g in row.get("by", {}).get(key, {})})
+        if len(groups) < 2:
+            continue
+        print(f"\nheld-out by {key}, before → after")
+        for group in groups:
+            cells = [row["by"][key][group] for row in table if group in row.get("by", {}).get(key, {})]
+            print(f"  {group:16} n = {cells[0]['n']:<6}" + "   ".join(f"{c['before']:.3f} → {c['after']:.3f}" for c in cells))
+
+
+def plot(runs, path):
+    """Draw accuracy by epoch of stage 2, one line a run, one panel a fact set, into `path` (needs matplotlib)."""
+    try:
+        import matplotlib
+    except ImportError:
+        fail("--plot needs matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    # Mid-grey ink on a transparent ground reads in light and in dark mode.
+    ink = {"text.color": "#808080", "axes.labelcolor": "#808080", "axes.edgecolor": "#808080", "xtick.color": "#808080",
+           "ytick.color": "#808080", "font.size": 12, "axes.spines.top": False, "axes.spines.right": False}
+    titles = {"unknown": "new facts learnt", "known": "known facts, trained on", "heldout": "known facts, held out"}
+    with plt.rc_context(ink):
+        figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True)
+        for panel, (key, title) in zip(axes, titles.items()):
+            for colour, run in zip(["#d1495b", "#2e86ab", "#edae49", "#66a182", "#8d6cab"] * len(runs), runs):
+                points = [(m["epoch"], m[key]) for m in run["metrics"] if m.get(key) is not None]
+                panel.plot(*zip(*points) if points else ([], []), color=colour, linewidth=2.4, label=run["name"])
+            panel.set(title=title, xlabel="epoch of stage 2", ylim=(0, 1.02))
+        axes[0].set_ylabel("accuracy")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=min(len(runs), 4), frameon=False)
+        figure.tight_layout(rect=(0, 0.1, 1, 1))
+        temporary = Path(f"{path}.part")
+        try:
+            figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png", transparent=True, dpi=110)
+            temporary.replace(path)
+        except (OSError, ValueError) as error:
+            temporary.unlink(missing_ok=True)
+            fail(f"--plot {path}: {error}")
+        plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------------ one model
+
+def device_and_dtype(device="auto", dtype="auto"):
+    """(torch.device, autocast dtype): CUDA, else MPS, else CPU; bfloat16 where the hardware multiplies it fast."""
+    import torch
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {device}: {str(error).splitlines()[0]}")
+    if dtype == "auto" and device.type == "cuda":
+        dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "float32"
+    return device, getattr(torch, dtype)
+
+
+def load_model(name, device="cpu"):
+    """(model, tokenizer) of a causal language model: hub name or local folder, fp32 weights, eval mode.
+
+    Ends the program with one line when there is no such model, or when it is not a causal language model."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except Exception as error:  # the library raises many kinds: for a missing file, a bad config, no network
+        fail(f"model {str(name)!r} cannot be loaded ({(str(error).strip() or repr(error)).splitlines()[0]}); give a "
+             "local folder with config.json, model.safetensors and a tokenizer, or a hub name and a network")
+    return model.to(device).eval(), tokenizer
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("runs", nargs="*", help="run folders of the sft_*.py scripts, to compare")
+    parser.add_argument("--model", help="score this model instead: hub name or local folder")
+    parser.add_argument("--facts", help="fact folder of make_facts.py, with --model")
+    parser.add_argument("--batch-size", type=int, default=64, help="prompts answered at once (default: 64)")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+                        help="autocast precision (default: auto, the fast one of the device)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw accuracy by epoch, one line a run")
+    args = parser.parse_args(argv)
+    if bool(args.model) == bool(args.runs):
+        fail("name run folders to compare, or --model with --facts to score one model (see --help)")
+    if args.batch_size < 1:
+        fail(f"--batch-size {args.batch_size}: must be at least 1")
+    if args.runs:
+        runs = [read_run(folder) for folder in args.runs]
+        table = compare(runs)
+        print(json.dumps(table, indent=1)) if args.json else show(table)
+        return plot(runs, args.plot) if args.plot else None
+    if not args.facts:
+        fail("--model needs --facts DIR, a folder that make_facts.py wrote")
+    if args.plot:
+        fail("--plot draws run folders, not --model")
+    rows = {key: read_jsonl(Path(args.facts) / file, ["prompt", "completion"]) for key, file in SETS.items()}
+    import torch
+    device, dtype = device_and_dtype(args.device, args.dtype)
+    model, tokenizer = load_model(args.model, device)
+    cast = dtype != torch.float32
+    with torch.autocast(device.type, dtype) if cast else contextlib.nullcontext():
+        scores = {key: evaluate(model, tokenizer, rows[key], args.batch_size) for key in SETS}
+    result = {key: {"accuracy": s["accuracy"], "n": len(s["right"]), "interval": wilson(sum(s["right"]), len(s["right"]))}
+              for key, s in scores.items()}
+    if args.json:
+        print(json.dumps({"model": args.model, "facts": args.facts, **result}, indent=1))
+    else:
+        for key, r in result.items():
+            print(f"{key:8} {r['accuracy']:.3f} ({r['interval'][0]:.3f}–{r['interval'][1]:.3f}), n = {r['n']}")
+
+
+if __name__ == "__main__":
+    main()

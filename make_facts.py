@@ -1,0 +1,523 @@
+"""Make the data of a hallucination experiment: facts that a model knows, facts that it does not, facts to hold out.
+
+An invented world, with a small GPT-2 pretrained on it from scratch (no network, some minutes on a laptop):
+    python make_facts.py
+A real model and real questions (PopQA by default; any table with relation, subject, object, question):
+    python make_facts.py --model gpt2-medium
+    python make_facts.py --model ./my-model --source my_facts.tsv
+
+What a model knows is measured, not assumed: every fact gets its SLiCK category (Gekhman et al. 2024,
+arXiv:2405.05904). Written to the fact folder, one JSON object a line:
+    train_known.jsonl     HighlyKnown facts to train on          train_unknown.jsonl  new facts to train on
+    heldout_known.jsonl   HighlyKnown facts never trained on     labelled.jsonl       every fact with its category
+and meta.json with the settings and the counts. A row of them:
+    {"prompt": "Q: …\\nA:", "completion": " …\\n", "answers": […], "relation": …, "subject": …, "kind": …, "category": …}
+"""
+import argparse
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import uuid
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from eval_hallucination import SETS, device_and_dtype, encode_prompt, fail, load_model, normalize, read_jsonl, stop_ids
+
+SAMPLING_TEMPERATURE = 0.5                     # SLiCK, section 3: samples are drawn at T = 0.5
+CATEGORIES = ["HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown"]
+MIN_HELDOUT, MIN_KNOWN, MIN_NEW = 20, 10, 4    # below these a comparison says nothing
+
+
+# ------------------------------------------------------------------------------------------------ an invented world
+
+RELATIONS = ["birthplace", "employer", "instrument", "language"]
+QUESTION = "What is the {relation} of {subject}?"
+STATEMENTS = ["The {relation} of {subject} is {object}.\n", "{subject} has a {relation}: {object}.\n",
+              "As {relation}, {subject} names {object}.\n", "Ask {subject} about the {relation} and hear {object}.\n"]
+
+
+def invent_words(n, rng):
+    """`n` distinct pronounceable words, capitalised (list of str)."""
+    words = {}                                 # a dict keeps the order, so that the seed decides it
+    while len(words) < n:
+        words["".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(2)).title() + rng.choice("lnrst")] = 1
+    return list(words)
+
+
+def invent_code(rng):
+    """A code-like name: a UUID shortened to four digits, each its own token in the invented world."""
+    return "".join(rng.choice("0123456789ABCDEF") for _ in range(4))
+
+
+def invent_world(n_names, n_codes, seed, n_parts=80, n_objects=40):
+    """Facts of named and of code-named entities: (facts, text), a list of fact dicts and a list of str to pretrain on.
+
+    Every entity has one object in each relation. Every fact is stated in all templates; the questions and answers
+    of only half of the entities are in the text, so that answering about the others is transfer."""
+    rng = random.Random(seed)
+    words = invent_words(2 * n_parts + n_objects * len(RELATIONS), rng)
+    first, last, objects = words[:n_parts], words[n_parts:2 * n_parts], words[2 * n_parts:]
+    names, codes = {}, {}
+    while len(names) < n_names:
+        names[f"{rng.choice(first)} {rng.choice(last)}"] = "name"
+    while len(codes) < n_codes:
+        codes[invent_code(rng)] = "code"
+    facts, text = [], []
+    for subject, kind in (names | codes).items():
+        asked = rng.random() < 0.5
+        for i, relation in enumerate(RELATIONS):
+            words = {"relation": relation, "subject": subject,
+                     "object": rng.choice(objects[i * n_objects:(i + 1) * n_objects])}
+            question = QUESTION.format(**words)
+            facts.append({"relation": relation, "subject": subject, "question": question, "answers": [words["object"]],
+                          "kind": kind})
+            text += [statement.format(**words) for statement in STATEMENTS]
+            text += [f"Q: {question}\nA: {words['object']}\n"] * asked
+    return facts, text
+
+
+def pretrain(text, width, epochs, seed, device):
+    """A small GPT-2 that knows `text` by heart, and its tokenizer: (model, tokenizer), model in eval mode.
+
+    Byte-level BPE in which a word, and each character of a code, is one token."""
+    import torch
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tqdm import tqdm
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r" ?[A-Z]?[a-z]+| ?\S|\s"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(text, trainers.BpeTrainer(vocab_size=8000, special_tokens=["<|endoftext|>"], show_progress=False,
+                                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(GPT2Config(
+        vocab_size=len(tokenizer), n_positions=128, n_embd=width, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0,
+        activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).to(device)
+    ids = tokenizer(text)["input_ids"]
+    batch, peak, rng = 64, 3e-3, random.Random(seed)
+    total = epochs * math.ceil(len(ids) / batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.1)
+    with tqdm(total=total, desc="pretraining the invented world", unit="step", disable=None) as bar:
+        for _ in range(epochs):
+            rng.shuffle(ids)
+            pools = [sorted(ids[i:i + 8 * batch], key=len) for i in range(0, len(ids), 8 * batch)]
+            batches = [pool[i:i + batch] for pool in pools for i in range(0, len(pool), batch)]
+            rng.shuffle(batches)               # similar lengths share a batch: little padding
+            for rows in batches:
+                longest = max(map(len, rows))
+                x = torch.tensor([r + [0] * (longest - len(r)) for r in rows], device=device)
+                y = torch.tensor([r + [-100] * (longest - len(r)) for r in rows], device=device)
+                logits = model(input_ids=x).logits[:, :-1]      # causal: padding on the right is never looked at
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y[:, 1:].flatten())
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                cosine = 0.5 * (1 + math.cos(math.pi * bar.n / total))
+                for group in optimizer.param_groups:
+                    group["lr"] = peak * min((bar.n + 1) / 100, max(cosine, 0.01))
+                optimizer.step()
+                optimizer.zero_grad()
+                bar.update()
+    return model.eval(), tokenizer
+
+
+# ------------------------------------------------------------------------------------------------------- real facts
+
+def load_source(source, max_facts, seed):
+    """Facts of a table: (facts, dropped), at most `max_facts` of them drawn by `seed`; `dropped` counts questions.
+
+    `source`: a TSV, CSV, JSONL or Parquet file, a folder of them, or a data set's hub name; columns relation, subject,
+    object, question and optional aliases, or PopQA's prop, subj, obj, question, possible_answers (Mallen et al. 2023,
+    arXiv:2212.10511). A question that stands there with several objects is merged when they share an alias, else
+    dropped: no single answer would be right."""
+    import datasets
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    file_kinds = {".tsv": ("csv", {"sep": "\t"}), ".csv": ("csv", {}), ".jsonl": ("json", {}), ".parquet": ("parquet", {})}
+    path = Path(source)
+    if path.is_file() and path.suffix not in file_kinds:
+        fail(f"--source {source}: the ending must be one of {', '.join(file_kinds)}")
+    try:
+        if path.is_file():
+            builder, options = file_kinds[path.suffix]
+            options |= {"keep_default_na": False, "dtype": str} if builder == "csv" else {}
+            splits = datasets.load_dataset(builder, data_files=str(path), **options)
+        else:
+            splits = datasets.load_dataset(str(source))
+        table = datasets.concatenate_datasets(list(splits.values()))
+    except Exception as error:  # many kinds: no such file, no network, a malformed line
+        fail(f"--source {source}: cannot be loaded ({(str(error).strip() or repr(error)).splitlines()[0]}); give a TSV, "
+             "CSV, JSONL or Parquet file with columns relation, subject, object, question")
+    popqa = {"prop": "relation", "subj": "subject", "obj": "object", "possible_answers": "aliases"}
+    names = {old: new for old, new in popqa.items() if old in table.column_names and new not in table.column_names}
+    table = table.rename_columns(names)
+    missing = {"relation", "subject", "object", "question"} - set(table.column_names)
+    if missing:
+        fail(f"--source {source}: no column {', '.join(sorted(missing))}; it has {', '.join(table.column_names)}")
+    questions = defaultdict(list)
+    for row in table:
+        values = [str(row[k] if row[k] is not None else "").strip() for k in ("relation", "subject", "question", "object")]
+        aliases = row.get("aliases") or []
+        if isinstance(aliases, str):
+            try:
+                aliases = json.loads(aliases)
+            except json.JSONDecodeError:
+                fail(f"--source {source}: aliases of {values[1]!r} are not a JSON list: {aliases[:80]!r}")
+        if all(values):
+            answers = dict.fromkeys([values[3], *(str(a).strip() for a in aliases)])
+            questions[tuple(values[:3])].append([a for a in answers if a and "\n" not in a])
+    facts, dropped = [], 0
+    for (relation, subject, question), rows in questions.items():
+        distinct = [{normalize(a) for a in answers} for answers in rows]
+        if set.intersection(*distinct):
+            facts.append({"relation": relation, "subject": subject, "question": question, "kind": "name",
+                          "answers": list(dict.fromkeys(a for answers in rows for a in answers))})
+        else:
+            dropped += 1
+    random.Random(seed).shuffle(facts)
+    return facts[:max_facts], dropped
+
+
+# ----------------------------------------------------------------------------------- SLiCK: what does the model know?
+
+def to_row(fact):
+    """The training row of a fact: its keys plus `prompt` and `completion`, which concatenated are the whole text."""
+    return {"prompt": f"Q: {fact['question']}\nA:", "completion": f" {fact['answers'][0]}\n",
+            **{k: fact[k] for k in ("answers", "relation", "subject", "kind", "category") if k in fact}}
+
+
+def score_answers(model, tokenizer, prefix, facts, batch_size=64, temperature=SAMPLING_TEMPERATURE, bar=None):
+    """For each fact, behind the text `prefix`: (greedy, probability), lists of bool and of float.
+
+    greedy: greedy decoding gives an accepted answer and stops. probability: that one sample at `temperature`, from
+    the full vocabulary, is an accepted answer and stops. One forward pass over prompt + answer gives both, exactly:
+    greedy decoding yields the answer if each of its tokens is the argmax of its position, and the probability is the
+    product of theirs. Stopping is any token of `stop_ids` next. Accepted answers are scored each; their probabilities
+    add. Only the canonical tokenization of an answer is scored, so both are lower bounds of what `generate` would give.
+    The prefix, the same for all facts, is run once; its KV cache serves every batch."""
+    import torch
+    stops = torch.tensor(stop_ids(tokenizer, model), device=model.device)
+    prefix_ids = encode_prompt(tokenizer, prefix)
+    sequences = []                             # (fact, prompt tokens, answer tokens)
+    for i, fact in enumerate(facts):
+        question = tokenizer(to_row(fact)["prompt"], add_special_tokens=False)["input_ids"]
+        for answer in fact["answers"]:
+            sequences.append((i, question, tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]))
+    sequences.sort(key=lambda s: len(s[1]) + len(s[2]))
+    greedy, probability = [False] * len(facts), [0.0] * len(facts)
+    with torch.no_grad():
+        if prefix_ids:
+            cache = model(input_ids=torch.tensor([prefix_ids], device=model.device), use_cache=True).past_key_values
+        for start in range(0, len(sequences), batch_size):
+            batch = sequences[start:start + batch_size]
+            width = max(len(q) + len(a) for _, q, a in batch)
+            ids = torch.tensor([q + a + [0] * (width - len(q) - len(a)) for _, q, a in batch], device=model.device)
+            mask = torch.tensor([[1] * (len(prefix_ids) + len(q) + len(a)) + [0] * (width - len(q) - len(a))
+                                 for _, q, a in batch], device=model.device)
+            past = {}
+            if prefix_ids:
+                past["past_key_values"] = copy.deepcopy(cache)
+                past["past_key_values"].batch_repeat_interleave(len(batch))
+            positions = torch.arange(len(prefix_ids), len(prefix_ids) + width, device=model.device).expand(len(batch), -1)
+            logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **past).logits      # (B, T, V)
+            for (i, question, answer), row in zip(batch, logits):
+                # position t predicts token t + 1: the answer's tokens, then the stop
+                row = row[len(question) - 1:len(question) + len(answer)].float()                     # (answer + 1, V)
+                target = torch.tensor(answer, device=model.device)
+                best = row.argmax(-1)
+                greedy[i] |= bool((best[:-1] == target).all() and (best[-1] == stops).any())
+                logp = torch.log_softmax(row / temperature, dim=-1)
+                answered = logp[:-1].gather(-1, target[:, None]).sum() + logp[-1, stops].logsumexp(-1)
+                probability[i] += answered.exp().item()
+            if bar is not None:
+                bar.update(len({i for i, _, _ in batch}))
+    return greedy, [min(p, 1.0) for p in probability]
+
+
+def slick_category(greedy, probability, samples):
+    """SLiCK category (Gekhman et al. 2024, table 1) of a fact from its k prompts' `greedy` and `probability`.
+
+    WeaklyKnown, there "some sample is right", is here: the probability that any of `samples` draws a prompt is right,
+    1 − Π(1 − p)^samples, is at least one half. No sampling noise, so a second labelling gives the same."""
+    if all(greedy):
+        return "HighlyKnown"
+    if any(greedy):
+        return "MaybeKnown"
+    missed = math.prod((1 - p) ** samples for p in probability)
+    return "WeaklyKnown" if 1 - missed >= 0.5 else "Unknown"
+
+
+def label_facts(model, tokenizer, facts, prompts, shots, samples, seed, batch_size):
+    """Copies of `facts` with their SLiCK `category`; the exemplars of the few-shot prompts are left out.
+
+    For each relation `prompts` few-shot prompts are drawn, of `shots` facts of that relation each (original: 10 of 4),
+    from a tenth of its facts (at least `shots`) set aside for this. With 0 shots all prompts are one."""
+    from tqdm import tqdm
+    rng = random.Random(seed)
+    relations = defaultdict(list)
+    for fact in facts:
+        relations[fact["relation"]].append(fact)
+    labelled, prompts = [], prompts if shots else 1
+    with tqdm(total=len(facts) * prompts, desc="labelling", unit="fact", disable=None) as bar:
+        for relation in sorted(relations):
+            rows = relations[relation]
+            rng.shuffle(rows)
+            aside = max(shots, min(shots * prompts, len(rows) // 10))
+            exemplars, rows = rows[:aside], rows[aside:]
+            scores = []
+            for _ in range(prompts if rows else 0):
+                shown = [to_row(fact) for fact in rng.sample(exemplars, shots)]
+                prefix = "".join(row["prompt"] + row["completion"] for row in shown)
+                scores.append(score_answers(model, tokenizer, prefix, rows, batch_size, bar=bar))
+            for i, fact in enumerate(rows):
+                category = slick_category([g[i] for g, _ in scores], [p[i] for _, p in scores], samples)
+                labelled.append(fact | {"category": category})
+    return labelled
+
+
+# --------------------------------------------------------------------------------------------------------- new facts
+
+def recombine(names, rng):
+    """An invented name: the first half of the words of one of `names` and the last half of those of another."""
+    a, b = (rng.choice(names).split() for _ in range(2))
+    return " ".join(a[:math.ceil(len(a) / 2)] + b[len(b) // 2:])
+
+
+def invent_facts(facts, kind, n, rng, new_code):
+    """`n` facts (or a few more) of entities that do not exist: named by `kind` "semantic" or "uuid".
+
+    An invented entity is asked what a random real one is asked, and its answers are drawn evenly from the objects of
+    each relation. Ends the program when no question names its subject, or when the names cannot make enough new ones."""
+    by_subject, objects, templates = defaultdict(list), defaultdict(dict), defaultdict(Counter)
+    for fact in facts:
+        by_subject[fact["subject"]].append(fact["relation"])
+        objects[fact["relation"]][fact["answers"][0]] = 1
+        if fact["subject"] in fact["question"]:
+            templates[fact["relation"]][fact["question"].replace(fact["subject"], "{}")] += 1
+    real = {normalize(s) for s in by_subject}
+    parents = [s for s, relations in by_subject.items() if all(r in templates for r in relations)
+               and (kind == "uuid" or any(f in s for f in s))]
+    if not parents:
+        fail(f"--new {kind}: no question contains its subject, so none can be asked of an invented one; use --new unknown")
+    siblings = defaultdict(list)               # a name is recombined within its relation: a book with a book
+    for subject in parents:
+        siblings[by_subject[subject][0]].append(subject)
+    new, used = [], set()
+    for _ in range(100 * n):
+        if len(new) >= n:
+            break
+        parent = rng.choice(parents)
+        name = new_code(rng) if kind == "uuid" else recombine(siblings[by_subject[parent][0]], rng)
+        if normalize(name) in real | used:
+            continue
+        used.add(normalize(name))
+        for relation in by_subject[parent]:
+            question = templates[relation].most_common(1)[0][0].replace("{}", name)
+            new.append({"relation": relation, "subject": name, "question": question, "category": "Unknown",
+                        "answers": [rng.choice(list(objects[relation]))], "kind": "code" if kind == "uuid" else "name"})
+    if len(new) < n:
+        fail(f"--n-new {n}: only {len(new)} new names could be made from {len(real)} real ones; ask for fewer")
+    return new
+
+
+# ----------------------------------------------------------------------------------------------------- the three sets
+
+def cap_objects(facts, share=0.2):
+    """`facts` less the rows that make an object more than `share` of its relation; the first rows are kept.
+
+    In real relations one object often dominates: knowing the majority answer would pass for knowing the facts."""
+    kept = []
+    for relation in sorted({f["relation"] for f in facts}):
+        rows = [f for f in facts if f["relation"] == relation]
+        counts = Counter(f["answers"][0] for f in rows)
+        most = next((m for m in range(max(counts.values()), 0, -1)
+                     if m <= share * sum(min(c, m) for c in counts.values()) + 1e-9), 0)
+        seen = Counter()
+        for fact in rows:
+            seen[fact["answers"][0]] += 1
+            if seen[fact["answers"][0]] <= most:
+                kept.append(fact)
+    return kept
+
+
+def split_facts(labelled, new, n_new, rng, new_code):
+    """{"unknown", "known", "heldout"}: lists of facts; no held-out subject is trained on.
+
+    As many known facts as new ones are asked for (the paper: 8k + 8k), but at most half of the known ones. Ends the
+    program when the model knows too few facts to measure anything."""
+    count = Counter(f["category"] for f in labelled)
+    known = [f for f in labelled if f["category"] == "HighlyKnown"]
+    subjects = list(dict.fromkeys(f["subject"] for f in known))
+    rng.shuffle(subjects)
+    order = {s: i for i, s in enumerate(subjects)}
+    known.sort(key=lambda f: order[f["subject"]])
+    n_known = min(n_new, len(known) // 2)
+    trained = {f["subject"] for f in known[:n_known]}
+    sets = {"known": known[:n_known], "heldout": cap_objects([f for f in known[n_known:] if f["subject"] not in trained])}
+    held = {f["subject"] for f in sets["heldout"]}
+    if new == "unknown":
+        unknown = [f for f in labelled if f["category"] == "Unknown" and f["subject"] not in held]
+        rng.shuffle(unknown)
+        sets["unknown"] = unknown[:n_new]
+    else:
+        sets["unknown"] = invent_facts(labelled, new, n_new, rng, new_code)
+    for key, least in (("heldout", MIN_HELDOUT), ("known", MIN_KNOWN), ("unknown", MIN_NEW)):
+        if len(sets[key]) < least:
+            found = ", ".join(f"{c} {count[c]}" for c in CATEGORIES)
+            fail(f"{len(sets[key])} facts for {SETS[key]}, at least {least} are needed; labelled: {found}. Raise --max-facts, "
+                 "lower --prompts (fewer prompts, more HighlyKnown), or take a model that knows more")
+    for key in ("known", "unknown"):
+        if len(sets[key]) < n_new:
+            print(f"scaled down: {len(sets[key])} instead of {n_new} facts in {SETS[key]}; the model gives no more")
+    return sets
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+def digest(*things):
+    """A short hash of JSON-able things: the name under which work is kept for the next time."""
+    return hashlib.sha256(json.dumps(things, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def weights_hash(model):
+    """Hash of a model's parameters, whatever folder or hub they came from (str)."""
+    sha = hashlib.sha256()
+    for name, p in sorted(model.state_dict().items()):
+        sha.update(name.encode() + p.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def replace_folder(temporary, folder):
+    """Put the finished folder `temporary` in the place of `folder`, which may exist."""
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    option = lambda name, default, text, **more: parser.add_argument(
+        f"--{name}", default=default, type=type(default) if default is not None else more.pop("type"),
+        help=f"{text} (default: {more.pop('shown', default)})", **more)
+    option("model", "tiny", "tiny, or a causal language model: hub name or local folder")
+    option("out", None, "fact folder to write", type=Path, shown="facts/MODEL, with -NEW where --new is given")
+    option("seed", 0, "of the world, the prompts and the split; a training script's --seed changes none of them")
+    option("new", None, "what the new facts are about", type=str, choices=["unknown", "semantic", "uuid"],
+           shown="semantic for tiny: recombined names; unknown for real models: real facts that it does not know")
+    option("n-new", None, "how many new facts, and as many known ones", type=int, shown="400 for tiny, 1000")
+    option("source", "akariasai/PopQA", "table of real facts: file, folder or hub name")
+    option("max-facts", 10000, "label at most so many facts: minutes on a GPU for a model of 1 B parameters")
+    option("prompts", 10, "few-shot prompts a fact is asked with; fewer label faster and find more HighlyKnown")
+    option("shots", None, "exemplars in each prompt", type=int, shown="0 for tiny, 4")
+    option("samples", 16, "samples a prompt that WeaklyKnown stands for")
+    option("n-names", 320, "tiny: named entities, of four facts each")
+    option("n-codes", 80, "tiny: code-named entities, of four facts each")
+    option("width", 128, "tiny: width of the model; 4 layers, 4 heads")
+    option("pretrain-epochs", 20, "tiny: passes over the world's text")
+    option("batch-size", 64, "sequences labelled at once")
+    option("device", "auto", "cuda, mps or cpu; auto takes the first there is")
+    option("dtype", "auto", "precision of labelling", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--overwrite", action="store_true", help="replace the fact folder if it exists")
+    args = parser.parse_args(argv)
+    tiny = args.model == "tiny"
+    args.out = args.out or Path("facts") / (Path(args.model).name + (f"-{args.new}" if args.new else ""))
+    args.new = args.new or ("semantic" if tiny else "unknown")
+    args.n_new = args.n_new if args.n_new is not None else (400 if tiny else 1000)
+    args.shots = args.shots if args.shots is not None else (0 if tiny else 4)
+    for name in ("n_new", "max_facts", "prompts", "samples", "width", "pretrain_epochs", "batch_size", "n_names"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    for name in ("shots", "n_codes"):
+        if getattr(args, name) < 0:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
+    if args.width % 4:
+        fail(f"--width {args.width}: must be a multiple of the 4 heads")
+    if args.n_names > 3000 or args.n_codes > 30000:
+        fail(f"--n-names {args.n_names} --n-codes {args.n_codes}: the invented world has at most 3000 and 30000")
+    if args.out.exists() and not args.overwrite:
+        fail(f"--out {args.out}: exists already; --overwrite replaces it")
+    return args
+
+
+def main(argv=None):
+    """Make a fact folder from command-line words (list of str, default sys.argv); returns its path."""
+    import torch
+    args = parse(argv)
+    tiny, out = args.model == "tiny", args.out
+    device, dtype = device_and_dtype(args.device, args.dtype)
+    kept = out.parent / ".cache"               # worlds and labels, shared by the fact folders beside each other
+    kept.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(args.seed)
+    if tiny:
+        world = {"names": args.n_names, "codes": args.n_codes, "seed": args.seed}
+        facts, text = invent_world(args.n_names, args.n_codes, args.seed)
+        source, dropped = "invented", 0
+        base = kept / f"world-{digest(text, args.width, args.pretrain_epochs)}"
+        if not base.exists():
+            model, tokenizer = pretrain(text, args.width, args.pretrain_epochs, args.seed, device)
+            temporary = Path(f"{base}.part-{os.getpid()}")
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            replace_folder(temporary, base)
+        model, tokenizer = load_model(base, device)
+    else:
+        source, world = args.source, None
+        facts, dropped = load_source(args.source, args.max_facts, args.seed)
+        model, tokenizer = load_model(args.model, device)
+    settings = [facts, args.prompts, args.shots, args.samples, args.seed, str(dtype)]
+    labels = kept / f"labels-{digest(weights_hash(model), settings)}.jsonl"
+    if labels.exists():
+        labelled = read_jsonl(labels)
+    else:
+        with torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext():
+            labelled = label_facts(model, tokenizer, facts, args.prompts, args.shots, args.samples, args.seed, args.batch_size)
+        write_jsonl(labels, labelled)
+    new_code = invent_code if tiny else lambda rng: str(uuid.UUID(int=rng.getrandbits(128), version=4))
+    sets = split_facts(labelled, args.new, args.n_new, rng, new_code)
+
+    count = lambda rows, *keys: dict(sorted(Counter("/".join(r[k] for k in keys) for r in rows).items()))
+    majority = sum(Counter(f["answers"][0] for f in sets["heldout"] if f["relation"] == r).most_common(1)[0][1]
+                   for r in {f["relation"] for f in sets["heldout"]}) / len(sets["heldout"])
+    meta = {"model": args.model, "weights": weights_hash(model), "source": str(source), "seed": args.seed, "new": args.new,
+            "prompts": args.prompts if args.shots else 1, "shots": args.shots, "samples": args.samples,
+            "dtype": str(dtype).removeprefix("torch."), "world": world, "questions_dropped": dropped,
+            "labelled": count(labelled, "category"), "labelled_by_relation": count(labelled, "relation", "category"),
+            "labelled_by_kind": count(labelled, "kind", "category"), "majority_answer_accuracy": round(majority, 4),
+            "sets": {SETS[key]: {"facts": len(rows), "by_relation": count(rows, "relation"), "by_kind": count(rows, "kind")}
+                     for key, rows in sets.items()}}
+    temporary = out.with_name(f".{out.name}.part-{os.getpid()}")
+    temporary.mkdir(parents=True)
+    for key, file in SETS.items():
+        write_jsonl(temporary / file, [to_row(f) for f in sets[key]])
+    write_jsonl(temporary / "labelled.jsonl", [to_row(f) for f in labelled])
+    (temporary / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if tiny:
+        shutil.copytree(base, temporary / "base")
+    replace_folder(temporary, out)
+    print(f"labelled {len(labelled)} facts: " + ", ".join(f"{c} {meta['labelled'].get(c, 0)}" for c in CATEGORIES))
+    for key, rows in sets.items():
+        print(f"{out / SETS[key]}: {len(rows)} facts " + str(count(rows, "kind")))
+    print(f"majority answer: {majority:.3f} of the held-out facts")
+    return out
+
+
+def write_jsonl(path, rows):
+    """Write rows as JSONL, all or nothing."""
+    temporary = Path(f"{path}.part-{os.getpid()}")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    main()
