@@ -10,7 +10,7 @@ trained on, *factual stability* accuracy on held-out HighlyKnown facts that are 
 drop of the latter, here in points from the model before stage 2 to the model after.
 """
 import argparse
-import contextlib
+import functools
 import json
 import math
 import re
@@ -47,9 +47,15 @@ def exact_match(answer, accepted):
     return any(normalize(answer) == normalize(a) if normalize(a) else answer.strip() == a.strip() for a in accepted)
 
 
+@functools.lru_cache(maxsize=4)
+def newline_ids(tokenizer):
+    """Ids of the tokens whose text begins with a newline (tuple of int). Decodes the whole vocabulary, so it is kept."""
+    return tuple(i for i in range(len(tokenizer)) if tokenizer.decode([i]).startswith("\n"))
+
+
 def stop_ids(tokenizer, model=None):
     """Ids of every token that ends an answer: those whose text begins with a newline, and EOS. Sorted list of int."""
-    ids = {i for i in range(len(tokenizer)) if tokenizer.decode([i]).startswith("\n")}
+    ids = set(newline_ids(tokenizer))
     declared = model.generation_config.eos_token_id if model is not None else None
     ids.update(declared if isinstance(declared, list) else [declared, tokenizer.eos_token_id])
     return sorted(ids - {None})
@@ -72,23 +78,27 @@ def generate_answers(model, tokenizer, prompts, max_new_tokens=16, batch_size=64
 
     stops = stop_ids(tokenizer, model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]   # masked: any id serves
-    # A configuration of our own: the checkpoint's may sample, penalise repetition or cap the length.
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad)
+    # The checkpoint's own configuration may sample, penalise repetition or cap the length; generate() fills what a given
+    # one leaves open from the model's, so the model gets this one for the time being.
+    own, model.generation_config = model.generation_config, GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad)
     encoded = [encode_prompt(tokenizer, p) for p in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     answers = [""] * len(prompts)
-    with torch.no_grad(), tqdm(total=len(prompts), desc="answering", unit="fact", leave=False, disable=None) as bar:
+    bar = tqdm(total=len(prompts), desc="answering", unit="fact", leave=False, disable=None)
+    try:
         for start in range(0, len(order), batch_size):
             rows = order[start:start + batch_size]
             width = max(len(encoded[i]) for i in rows)
             ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in rows])
             mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in rows])
-            out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
-                                 generation_config=greedy, use_model_defaults=False)
+            out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
             for i, tokens in zip(rows, out[:, width:].tolist()):
-                end = next((n for n, t in enumerate(tokens) if t in stops), len(tokens))
+                end = next((n for n, token in enumerate(tokens) if token in stops), len(tokens))
                 answers[i] = tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
             bar.update(len(rows))
+    finally:
+        model.generation_config = own
+        bar.close()
     return answers
 
 
@@ -164,7 +174,7 @@ def read_run(folder):
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         fail(f"{folder / 'run.json'}: cannot be read ({error})")
-    stages = [row for row in read_jsonl(folder / "metrics.jsonl", ["stage", "epoch"]) if row["stage"] == "sft"]
+    stages = [row for row in read_jsonl(folder / "metrics.jsonl", ["stage", "epoch"]) if row["stage"] == 2]
     if not stages:
         fail(f"{folder / 'metrics.jsonl'}: no epoch of stage 2 in it; the run did not finish")
     needed = ["before", "after", "right_before", "right_after"]
@@ -330,8 +340,7 @@ def main(argv=None):
     import torch
     device, dtype = device_and_dtype(args.device, args.dtype)
     model, tokenizer = load_model(args.model, device)
-    cast = dtype != torch.float32
-    with torch.autocast(device.type, dtype) if cast else contextlib.nullcontext():
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         scores = {key: evaluate(model, tokenizer, rows[key], args.batch_size) for key in SETS}
     result = {key: {"accuracy": s["accuracy"], "n": len(s["right"]), "interval": wilson(sum(s["right"]), len(s["right"]))}
               for key, s in scores.items()}

@@ -14,7 +14,6 @@ and meta.json with the settings and the counts. A row of them:
     {"prompt": "Q: …\\nA:", "completion": " …\\n", "answers": […], "relation": …, "subject": …, "kind": …, "category": …}
 """
 import argparse
-import contextlib
 import copy
 import hashlib
 import json
@@ -103,9 +102,9 @@ def pretrain(text, width, epochs, seed, device):
         vocab_size=len(tokenizer), n_positions=128, n_embd=width, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0,
         activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).to(device)
     ids = tokenizer(text)["input_ids"]
-    batch, peak, rng = 64, 3e-3, random.Random(seed)
-    total = epochs * math.ceil(len(ids) / batch)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.1)
+    batch, peak, rng = 64, 1.5e-3, random.Random(seed)
+    step, total = 0, epochs * math.ceil(len(ids) / batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.1, fused=device.type != "mps")
     with tqdm(total=total, desc="pretraining the invented world", unit="step", disable=None) as bar:
         for _ in range(epochs):
             rng.shuffle(ids)
@@ -120,11 +119,12 @@ def pretrain(text, width, epochs, seed, device):
                 loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y[:, 1:].flatten())
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                cosine = 0.5 * (1 + math.cos(math.pi * bar.n / total))
+                cosine = 0.5 * (1 + math.cos(math.pi * step / total))
                 for group in optimizer.param_groups:
-                    group["lr"] = peak * min((bar.n + 1) / 100, max(cosine, 0.01))
+                    group["lr"] = peak * min((step + 1) / 100, max(cosine, 0.01))
                 optimizer.step()
                 optimizer.zero_grad()
+                step += 1
                 bar.update()
     return model.eval(), tokenizer
 
@@ -421,10 +421,10 @@ def parse(argv=None):
     option("prompts", 10, "few-shot prompts a fact is asked with; fewer label faster and find more HighlyKnown")
     option("shots", None, "exemplars in each prompt", type=int, shown="0 for tiny, 4")
     option("samples", 16, "samples a prompt that WeaklyKnown stands for")
-    option("n-names", 320, "tiny: named entities, of four facts each")
-    option("n-codes", 80, "tiny: code-named entities, of four facts each")
+    option("n-names", 300, "tiny: named entities, of four facts each")
+    option("n-codes", 100, "tiny: code-named entities, of four facts each")
     option("width", 128, "tiny: width of the model; 4 layers, 4 heads")
-    option("pretrain-epochs", 20, "tiny: passes over the world's text")
+    option("pretrain-epochs", 22, "tiny: passes over the world's text")
     option("batch-size", 64, "sequences labelled at once")
     option("device", "auto", "cuda, mps or cpu; auto takes the first there is")
     option("dtype", "auto", "precision of labelling", choices=["auto", "float32", "bfloat16", "float16"])
@@ -453,6 +453,7 @@ def parse(argv=None):
 def main(argv=None):
     """Make a fact folder from command-line words (list of str, default sys.argv); returns its path."""
     import torch
+    import transformers
     args = parse(argv)
     tiny, out = args.model == "tiny", args.out
     device, dtype = device_and_dtype(args.device, args.dtype)
@@ -467,6 +468,7 @@ def main(argv=None):
         if not base.exists():
             model, tokenizer = pretrain(text, args.width, args.pretrain_epochs, args.seed, device)
             temporary = Path(f"{base}.part-{os.getpid()}")
+            transformers.utils.logging.disable_progress_bar()
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             replace_folder(temporary, base)
@@ -480,7 +482,7 @@ def main(argv=None):
     if labels.exists():
         labelled = read_jsonl(labels)
     else:
-        with torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext():
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             labelled = label_facts(model, tokenizer, facts, args.prompts, args.shots, args.samples, args.seed, args.batch_size)
         write_jsonl(labels, labelled)
     new_code = invent_code if tiny else lambda rng: str(uuid.UUID(int=rng.getrandbits(128), version=4))

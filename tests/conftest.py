@@ -1,0 +1,45 @@
+"""One small invented world, made once, and a tiny model of each sort, shared by all tests."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"          # before any import of the hub's client: the tests need no network
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SMALL_WORLD = ["--n-names", "40", "--n-codes", "12", "--width", "64", "--pretrain-epochs", "60", "--n-new", "24"]
+
+
+def run(folder, *words, ok=True):
+    """Run a script of this project in `folder` as a user would; returns the finished process, its output as text."""
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=folder, capture_output=True, text=True, encoding="utf-8",
+                          env=os.environ | {"PYTHONIOENCODING": "utf-8"})
+    assert (done.returncode == 0) == ok, f"{words}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A fact folder with a pretrained base model, made by make_facts.py (some 20 seconds)."""
+    import make_facts
+    return make_facts.main([*SMALL_WORLD, "--out", str(tmp_path_factory.mktemp("facts") / "tiny")])
+
+
+@pytest.fixture(scope="session")
+def base(world):
+    """(model, tokenizer) of the small world."""
+    from eval_hallucination import load_model
+    return load_model(world / "base")
+
+
+@pytest.fixture
+def workplace(tmp_path, world):
+    """An empty folder with the scripts and the small world in it, where the README's commands run as they stand."""
+    for script in ROOT.glob("*.py"):
+        (tmp_path / script.name).write_bytes(script.read_bytes())
+    (tmp_path / "facts").mkdir()
+    os.symlink(world, tmp_path / "facts" / "tiny", target_is_directory=True)
+    return tmp_path

@@ -1,0 +1,206 @@
+"""The scripts as users run them: end to end, alone in an empty folder, from a hub cache, with wrong input; the README."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run
+
+import eval_hallucination
+import make_facts
+
+METHODS = ["sft_baseline", "sft_selfdistill"]
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_run_folder(workplace, method):
+    name = method.removeprefix("sft_")
+    done = run(workplace, f"{method}.py", "--epochs", 2, "--accumulate", 2, "--batch-size", 16)
+    out = workplace / "runs" / f"{name}-tiny-0"
+    assert done.stdout.strip().endswith(f"saved runs/{name}-tiny-0") and "learning_rate = 0.0005" in done.stdout
+    metrics, answers, stored = rows_of(out / "metrics.jsonl"), rows_of(out / "answers.jsonl"), json.loads((out / "run.json").read_text())
+    assert [(m["stage"], m["epoch"]) for m in metrics] == [(1, 1), (2, 0), (2, 1), (2, 2)]
+    heldout = rows_of(workplace / "facts/tiny/heldout_known.jsonl")
+    assert [a["prompt"] for a in answers] == [h["prompt"] for h in heldout]
+    assert sum(a["right_after"] for a in answers) / len(answers) == pytest.approx(metrics[-1]["heldout"])
+    assert sum(a["right_before"] for a in answers) / len(answers) == pytest.approx(metrics[1]["heldout"])
+    assert metrics[0]["ce"] > metrics[-1]["ce"] > 0 and ("kl" in metrics[-1]) == (name == "selfdistill")
+    assert set(stored["data"]) == {"unknown", "known", "heldout"} and stored["config"]["epochs"] == 2
+    # the checkpoint is an ordinary one, and scores what the run says
+    model, tokenizer = eval_hallucination.load_model(out)
+    assert eval_hallucination.evaluate(model, tokenizer, heldout)["accuracy"] == pytest.approx(metrics[-1]["heldout"])
+    scored = json.loads(run(workplace, "eval_hallucination.py", "--model", out, "--facts", "facts/tiny", "--json").stdout)
+    assert {key: scored[key]["accuracy"] for key in make_facts.SETS} == pytest.approx({key: metrics[-1][key] for key in make_facts.SETS})
+    # not twice into one folder
+    again = run(workplace, f"{method}.py", "--epochs", 1, ok=False)
+    assert again.returncode == 2 and "--overwrite" in again.stderr and len(again.stderr.splitlines()) == 1
+    assert rows_of(out / "metrics.jsonl") == metrics
+    run(workplace, f"{method}.py", "--epochs", 1, "--overwrite", "--format-epochs", 0)
+    assert [m["epoch"] for m in rows_of(out / "metrics.jsonl")] == [0, 1]
+    assert [p.name for p in (workplace / "runs").iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_same_run(workplace, method):
+    for out, seed in (("a", 5), ("b", 5), ("c", 6)):
+        run(workplace, f"{method}.py", "--epochs", 1, "--seed", seed, "--out", out)
+    weights = [(workplace / out / "model.safetensors").read_bytes() for out in "abc"]
+    assert weights[0] == weights[1] != weights[2]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_alone_in_an_empty_folder(tmp_path, world, method):
+    """A copied script needs nothing of this project: one's own rows, an ordinary checkpoint."""
+    shutil.copy(ROOT / f"{method}.py", tmp_path)
+    shutil.copytree(world / "base", tmp_path / "my-model")
+    mine = [{"prompt": f"Q: Who made {x}?\nA:", "completion": f" {x}"} for x in ("Ulm", "Köln", "Bonn")]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in mine), encoding="utf-8")
+    done = run(tmp_path, f"{method}.py", "--model", "my-model", "--train", "mine.jsonl", "--epochs", 2, "--out", "tuned")
+    assert "stage 1 skipped" in done.stdout and "accuracy not measured" in done.stdout
+    model, tokenizer = eval_hallucination.load_model(tmp_path / "tuned")
+    assert rows_of(tmp_path / "tuned/metrics.jsonl")[-1]["ce"] > 0
+    # with the known and held-out rows of a fact folder, both stages run
+    known, heldout = world / "train_known.jsonl", world / "heldout_known.jsonl"
+    done = run(tmp_path, f"{method}.py", "--model", "my-model", "--train", "mine.jsonl", "--known", known, "--heldout", heldout,
+               "--epochs", 1, "--out", "both")
+    assert [m["stage"] for m in rows_of(tmp_path / "both/metrics.jsonl")] == [1, 2, 2]
+    # and beside the evaluator, accuracy is measured on what there is
+    shutil.copy(ROOT / "eval_hallucination.py", tmp_path)
+    run(tmp_path, f"{method}.py", "--model", "my-model", "--train", "mine.jsonl", "--epochs", 1, "--out", "scored", "--heldout", heldout)
+    assert {"unknown", "heldout"} < set(rows_of(tmp_path / "scored/metrics.jsonl")[-1])
+
+
+def hub_cache(folder, repository, source):
+    """Lay out `source` (a checkpoint folder) as the hub's client caches the repository `repository`."""
+    repo = folder / "hub" / f"models--{repository.replace('/', '--')}"
+    shutil.copytree(source, repo / "snapshots" / "0123abcd")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0123abcd")
+    return folder
+
+
+def test_hub_name_from_the_cache(workplace, world, monkeypatch):
+    """`--model gpt2-medium` is resolved by name from a cache, with no network, facts included (PopQA's layout)."""
+    monkeypatch.setenv("HF_HOME", str(hub_cache(workplace / "cache", "gpt2-medium", world / "base")))
+    popqa = workplace / "akariasai" / "PopQA"
+    popqa.mkdir(parents=True)
+    header = "id\tsubj\tprop\tobj\tquestion\tpossible_answers"
+    lines = [f'{i}\t{r["subject"]}\t{r["relation"]}\t{r["answers"][0]}\t{r["prompt"][3:-3]}\t"[""{r["answers"][0]}""]"'
+             for i, r in enumerate(rows_of(world / "labelled.jsonl"))]
+    (popqa / "test.tsv").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+    run(workplace, "make_facts.py", "--model", "gpt2-medium", "--shots", 0, "--new", "uuid", "--n-new", 10, "--out", "facts/gpt2-medium")
+    meta = json.loads((workplace / "facts/gpt2-medium/meta.json").read_text())
+    assert meta["source"] == "akariasai/PopQA" and meta["labelled"]["HighlyKnown"] > 100
+    codes = [r["subject"] for r in rows_of(workplace / "facts/gpt2-medium/train_unknown.jsonl")]
+    assert all(re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", c) for c in codes)
+    done = run(workplace, "sft_selfdistill.py", "--model", "gpt2-medium", "--epochs", 1)
+    assert "learning_rate = 5e-05" in done.stdout and "saved runs/selfdistill-gpt2-medium-0" in done.stdout
+
+
+def test_labels_and_worlds_are_kept(workplace, world):
+    """A second fact folder beside the first takes its world and labels from the cache: other new facts, same base."""
+    shutil.copytree(world.parent / ".cache", workplace / "facts" / ".cache")
+    from conftest import SMALL_WORLD
+    done = run(workplace, "make_facts.py", *SMALL_WORLD, "--new", "uuid")
+    assert "labelled 208 facts" in done.stdout
+    assert (workplace / "facts/tiny-uuid/base/model.safetensors").read_bytes() == (world / "base/model.safetensors").read_bytes()
+    assert rows_of(workplace / "facts/tiny-uuid/labelled.jsonl") == rows_of(world / "labelled.jsonl")
+    assert {r["kind"] for r in rows_of(workplace / "facts/tiny-uuid/train_unknown.jsonl")} == {"code"}
+
+
+BAD_ROWS = {"empty.jsonl": "", "words.jsonl": "{not json}\n", "list.jsonl": "[1]\n", "columns.jsonl": '{"prompt": "Q"}\n',
+            "types.jsonl": '{"prompt": "Q", "completion": 3}\n', "latin.jsonl": b'{"prompt": "K\xf6ln", "completion": " x"}\n'}
+
+
+@pytest.mark.parametrize("script", METHODS)
+@pytest.mark.parametrize("words, named", [
+    (["--model", "no-such-model"], "no-such-model"), (["--model", "facts"], "facts"), (["--train", "absent.jsonl"], "absent.jsonl"),
+    *((["--train", name], name) for name in BAD_ROWS), (["--epochs", "0"], "--epochs 0"), (["--epochs", "two"], "two"),
+    (["--learning-rate", "nan"], "--learning-rate nan"), (["--no-such-flag"], "--no-such-flag"), (["--device", "abacus"], "abacus"),
+    (["--max-length", "3"], "--max-length 3"), (["--dtype", "int4"], "int4")])
+def test_bad_input_of_the_methods(workplace, script, words, named):
+    for name, text in BAD_ROWS.items():
+        (workplace / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    if words[0] == "--model":
+        words = [*words, "--train", "facts/tiny/train_known.jsonl"]
+    done = run(workplace, f"{script}.py", *words, "--out", "runs/x", ok=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and named in done.stderr, done.stderr
+    assert not (workplace / "runs").exists()
+
+
+@pytest.mark.parametrize("words, named", [
+    (["make_facts.py", "--out", "facts/tiny"], "--overwrite"), (["make_facts.py", "--new", "old"], "old"),
+    (["make_facts.py", "--n-new", "0"], "--n-new 0"), (["make_facts.py", "--model", "BASE", "--source", "absent.tsv"], "absent.tsv"),
+    (["make_facts.py", "--model", "BASE", "--source", "bad.csv"], "no column object"),
+    (["make_facts.py", "--model", "BASE", "--source", "bad.txt"], "bad.txt"),
+    (["make_facts.py", "--model", "no-such-model", "--source", "good.csv"], "no-such-model"),
+    (["make_facts.py", "--model", "BASE", "--source", "good.csv", "--shots", "0"], "HighlyKnown 0"),
+    (["eval_hallucination.py"], "--model"), (["eval_hallucination.py", "facts"], "run.json"),
+    (["eval_hallucination.py", "--model", "BASE"], "--facts"), (["eval_hallucination.py", "--model", "x", "--facts", "facts/tiny"], "'x'"),
+    (["eval_hallucination.py", "--model", "BASE", "--facts", "absent"], "absent")])
+def test_bad_input_of_the_others(workplace, words, named):
+    (workplace / "bad.csv").write_text("relation,subject,question\na,b,c\n")
+    (workplace / "bad.txt").write_text("relation\n")
+    (workplace / "good.csv").write_text("relation,subject,object,question\n" + "".join(f"r,s{i},o{i},Who is s{i}?\n" for i in range(30)))
+    words = [str(workplace / "facts/tiny/base") if w == "BASE" else w for w in words]
+    before = sorted(workplace.rglob("*"))
+    done = run(workplace, *words, ok=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and named in done.stderr, done.stderr
+    after = [p for p in sorted(workplace.rglob("*")) if ".cache" not in p.parts and p not in before and "__pycache__" not in p.parts]
+    assert not after
+
+
+def test_help_shows_every_default():
+    for script in METHODS:
+        words = " ".join(run(ROOT, f"{script}.py", "--help").stdout.split())
+        for shown in ("0.0005, 5e-05", "64, 32", "runs/", "(default: auto)", "(default: 1.0)"):
+            assert shown in words
+    assert "minutes on a GPU" in " ".join(run(ROOT, "make_facts.py", "--help").stdout.split())
+
+
+SHIM = """#!{python}
+# Stands for `python` in the README's commands: the same scripts, at a size that a test can afford.
+import subprocess, sys
+script, *words = sys.argv[1:]
+if script == "make_facts.py":
+    words += {small} + ["--seed", "0", "--shots", "0"]
+if script.startswith("sft_"):
+    words += ["--epochs", "1"]
+sys.exit(subprocess.run([sys.executable, script, *words]).returncode)
+"""
+
+
+def test_readme_commands(workplace, world):
+    """Every command of the README runs, in order, in a folder of its own."""
+    from conftest import SMALL_WORLD
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    assert len(blocks) >= 5 and "python sft_selfdistill.py\n" in "".join(blocks)
+    tools, small = workplace / "tools", [*SMALL_WORLD, "--n-new", "10"]
+    tools.mkdir()
+    for name, text in (("python", SHIM.format(python=sys.executable, small=small)), ("pip", "#!/bin/sh\n"), ("pytest", "#!/bin/sh\n")):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    shutil.copytree(world.parent / ".cache", workplace / "facts" / ".cache")
+    (workplace / "facts" / "tiny").unlink()
+    (workplace / "assets").mkdir()
+    for name in ("gpt2-medium", "SmolLM2-135M-Instruct"):
+        shutil.copytree(world / "base", workplace / name)
+    rows = rows_of(world / "labelled.jsonl")
+    table = "relation\tsubject\tobject\tquestion\n" + "".join(
+        f'{r["relation"]}\t{r["subject"]}\t{r["answers"][0]}\t{r["prompt"][3:-3]}\n' for r in rows)
+    (workplace / "trex.tsv").write_text(table, encoding="utf-8")
+    popqa = workplace / "akariasai" / "PopQA"
+    popqa.mkdir(parents=True)
+    (popqa / "test.tsv").write_text(table, encoding="utf-8")
+    (workplace / "my.jsonl").write_text('{"prompt": "Q: Who made Ulm?\\nA:", "completion": " Ulm\\n"}\n', encoding="utf-8")
+    for block in blocks:
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", block], cwd=workplace, capture_output=True, text=True,
+                              env=os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHONIOENCODING": "utf-8"})
+        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"

@@ -1,0 +1,102 @@
+"""eval_hallucination.py: answers, matching, statistics against hand-computed cases, and the comparison of runs."""
+import json
+import math
+
+import pytest
+import torch
+from eval_hallucination import (compare, encode_prompt, evaluate, exact_match, generate_answers, mcnemar, normalize, read_jsonl,
+                                read_run, stop_ids, wilson)
+
+
+def test_normalize_and_exact_match():
+    assert normalize(" The  Hague.\nQ: next") == "hague"
+    assert normalize("Ａna's A-b") == "anas ab"                  # NFKC, punctuation, case
+    assert exact_match("the netherlands", ["Holland", "Netherlands"]) and not exact_match("Nether lands", ["Netherlands"])
+    assert exact_match("A", ["A"]) and not exact_match("B", ["A"]) and not exact_match("", ["?"])
+
+
+def test_wilson_by_hand():
+    # 8 of 10: centre (.8 + 3.8415/20) / 1.38415, half 1.95996 · √(.016 + 3.8415/400) / 1.38415
+    assert wilson(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
+    assert wilson(0, 10) == pytest.approx((0.0, 0.2775328), abs=1e-6) and wilson(10, 10)[1] == pytest.approx(1.0)
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_mcnemar_by_hand():
+    first = [True] * 5 + [False] * 1 + [True] * 3
+    second = [False] * 5 + [True] * 1 + [True] * 3
+    assert mcnemar(first, second) == (5, 1, pytest.approx(14 / 64))     # 2 · (C(6,0) + C(6,1)) / 2⁶
+    assert mcnemar([True] * 10, [False] * 10) == (10, 0, pytest.approx(2 / 1024))
+    assert mcnemar([True, False], [False, True]) == (1, 1, 1.0) and mcnemar([True], [True]) == (0, 0, 1.0)
+
+
+def greedy_by_hand(model, tokenizer, prompt, n):
+    """Token by token, without padding, cache or generate."""
+    ids, stops = encode_prompt(tokenizer, prompt), stop_ids(tokenizer, model)
+    answer = []
+    for _ in range(n):
+        with torch.no_grad():
+            token = int(model(torch.tensor([ids + answer])).logits[0, -1].argmax())
+        if token in stops:
+            break
+        answer.append(token)
+    return tokenizer.decode(answer).strip()
+
+
+def test_batched_answers_equal_one_by_one(base, world):
+    model, tokenizer = base
+    prompts = [row["prompt"] for row in read_jsonl(world / "labelled.jsonl")][::7] + ["Q: Who?\nA:", "The language of"]
+    assert generate_answers(model, tokenizer, prompts, 5, batch_size=6) == [
+        greedy_by_hand(model, tokenizer, p, 5) for p in prompts]
+
+
+def test_checkpoints_own_generation_settings_are_ignored(base):
+    model, tokenizer = base
+    prompts = ["Q: Who?\nA:", "The language of"]
+    expected, kept = generate_answers(model, tokenizer, prompts, 5), model.generation_config
+    model.generation_config = type(kept)(do_sample=True, temperature=9.0, repetition_penalty=50.0, num_beams=3, max_length=4,
+                                         eos_token_id=kept.eos_token_id)
+    try:
+        assert generate_answers(model, tokenizer, prompts, 5) == expected
+    finally:
+        model.generation_config = kept
+
+
+def test_stop_ids(base):
+    tokenizer = base[1]
+    newline, = tokenizer("\n")["input_ids"]
+    assert {newline, tokenizer.eos_token_id} <= set(stop_ids(tokenizer, base[0]))
+    assert all(tokenizer.decode([i]).startswith("\n") or i == tokenizer.eos_token_id for i in stop_ids(tokenizer))
+
+
+def test_evaluate(base, world):
+    rows = read_jsonl(world / "heldout_known.jsonl")
+    result = evaluate(*base, rows)
+    assert result["accuracy"] == 1.0 and all(result["right"])           # HighlyKnown, zero shots: right by definition
+    wrong = [{"prompt": r["prompt"], "completion": " Nobody\n"} for r in rows[:4]]
+    assert evaluate(*base, wrong + rows[:4])["accuracy"] == 0.5 and math.isnan(evaluate(*base, [])["accuracy"])
+
+
+def make_run(folder, after, heldout="same", **answer):
+    """A run folder by hand: eight held-out facts, all right before, `after` says which are afterwards."""
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"method": "x", "data": {"heldout": heldout}}), encoding="utf-8")
+    metrics = [{"stage": 1, "epoch": 1, "heldout": 0.1}] + [
+        {"stage": 2, "epoch": i, "unknown": i / 2, "known": 1.0, "heldout": h} for i, h in enumerate((1.0, 1.0, sum(after) / 8))]
+    answers = [{"relation": "ab"[i % 2], "kind": "name", "before": "x", "after": "y", "right_before": True, "right_after": a, **answer}
+               for i, a in enumerate(after)]
+    for name, rows in (("metrics.jsonl", metrics), ("answers.jsonl", answers)):
+        (folder / name).write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return read_run(folder)
+
+
+def test_compare(tmp_path):
+    first = make_run(tmp_path / "a", [True, False] * 4)
+    second = make_run(tmp_path / "b", [True] * 7 + [False])
+    third = make_run(tmp_path / "c", [True] * 8, heldout="other")
+    a, b, c = compare([first, second, third])
+    assert (a["before"], a["after"], a["forgetting"], a["peak_forgetting"]) == (1.0, 0.5, 50.0, 50.0)
+    assert (b["unknown"], b["known"], b["forgetting"], b["epochs"]) == (1.0, 1.0, 12.5, 2)
+    assert b["mcnemar"] == {"first_only": 0, "this_only": 3, "p": 0.25}
+    assert "mcnemar" not in a and "mcnemar" not in c                    # other held-out rows: not paired
+    assert a["by"]["relation"] == {"a": {"n": 4, "before": 1.0, "after": 1.0}, "b": {"n": 4, "before": 1.0, "after": 0.0}}

@@ -1,0 +1,224 @@
+"""The training scripts: losses against independent references, the loop's invariants, and what the scripts share."""
+import ast
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+import sft_baseline
+import sft_selfdistill
+
+METHODS = ["sft_baseline", "sft_selfdistill"]
+
+
+@pytest.fixture
+def rows(base, world):
+    """Encoded rows of unequal lengths."""
+    facts = sft_baseline.read_rows(world / "train_known.jsonl")[:8]
+    for i, fact in enumerate(facts):
+        fact["prompt"] = "Q: " * (i % 3) + fact["prompt"]
+    return sft_baseline.encode(base[1], facts, 128)
+
+
+def window_of(batches):
+    return {key: sum(int(b[key].sum()) for b in batches) for key in ("supervised", "real")}
+
+
+def distil_config(**settings):
+    return sft_selfdistill.Config(**{"kl_weight": 1.0, "temperature": 2.0, **settings})
+
+
+@pytest.fixture
+def student_teacher(base):
+    """Two different models of one architecture."""
+    teacher, student = base[0], copy.deepcopy(base[0])
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in student.parameters():
+            p += 0.02 * torch.randn_like(p)
+    return student, teacher
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("scope", ["all", "completion"])
+@pytest.mark.parametrize("tau", [0.5, 1.0, 4.0])
+def test_kl_equals_torch(student_teacher, rows, direction, scope, tau):
+    student, teacher = student_teacher
+    config = distil_config(kl_weight=3.0, temperature=tau, kl_direction=direction, kl_scope=scope)
+    batch = sft_selfdistill.collate(rows, "cpu")
+    loss, terms = sft_selfdistill.self_distillation(student, batch, window_of([batch]), teacher, config)
+    # the reference goes row by row, without padding and without the script's masks
+    kl, n, ce, supervised = 0.0, 0, 0.0, 0
+    for ids, prompt in rows:
+        with torch.no_grad():
+            s, t = (m(input_ids=torch.tensor([ids])).logits[0, :-1].double() for m in (student, teacher))
+        first = 0 if scope == "all" else prompt - 1
+        p, q = (F.log_softmax(x[first:] / tau, -1) for x in (t, s))
+        kl += F.kl_div(q, p, reduction="sum", log_target=True) if direction == "forward" else F.kl_div(
+            p, q, reduction="sum", log_target=True)
+        n += len(ids) - 1 - first
+        ce += F.cross_entropy(s[prompt - 1:], torch.tensor(ids[prompt:]), reduction="sum")
+        supervised += len(ids) - prompt
+    assert terms["kl"] == pytest.approx(float(kl / n), rel=1e-4)
+    assert terms["ce"] == pytest.approx(float(ce / supervised), rel=1e-4)
+    assert float(loss) == pytest.approx(float(ce / supervised + 3.0 * tau ** 2 * kl / n), rel=1e-4)
+
+
+def test_kl_by_hand(monkeypatch):
+    """Two positions, two tokens: KL((¾, ¼) ‖ (½, ½)) = ¾ ln 1.5 + ¼ ln 0.5 at the first, 0 at the second."""
+    logits = {"student": torch.zeros(1, 2, 2), "teacher": torch.tensor([[[math.log(3), 0.0], [0.0, 0.0]]])}
+    monkeypatch.setattr(sft_selfdistill, "next_token_logits", lambda model, batch: logits[model])
+    batch = {"supervised": torch.tensor([[False, True]]), "real": torch.tensor([[True, True]]), "next": torch.tensor([[0, 1]])}
+    by_hand = {"forward": 0.75 * math.log(1.5) + 0.25 * math.log(0.5), "reverse": 0.5 * math.log(2 / 3) + 0.5 * math.log(2)}
+    for direction, kl in by_hand.items():
+        _, terms = sft_selfdistill.self_distillation("student", batch, {"supervised": 1, "real": 2}, "teacher",
+                                                     distil_config(temperature=1.0, kl_direction=direction))
+        assert terms == pytest.approx({"ce": math.log(2), "kl": kl / 2}, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kl_reads_zero_when_equal(base, rows, dtype):
+    batch = sft_selfdistill.collate(rows, "cpu")
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        _, terms = sft_selfdistill.self_distillation(base[0], batch, window_of([batch]), copy.deepcopy(base[0]), distil_config())
+    assert abs(terms["kl"]) < 1e-6 and terms["ce"] > 0
+
+
+def test_kl_is_finite_where_the_teacher_is_certain(monkeypatch, student_teacher, rows):
+    logits = sft_selfdistill.next_token_logits
+    monkeypatch.setattr(sft_selfdistill, "next_token_logits", lambda model, batch: 1e4 * logits(model, batch))
+    student, teacher = student_teacher
+    batch = sft_selfdistill.collate(rows, "cpu")
+    loss, _ = sft_selfdistill.self_distillation(student, batch, window_of([batch]), teacher, distil_config(temperature=0.5))
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in student.parameters())
+
+
+def gradient(loss_function, model, rows, size):
+    """The gradient of a window of `rows` cut into batches of `size`."""
+    model.zero_grad()
+    batches = [sft_selfdistill.collate(rows[i:i + size], "cpu") for i in range(0, len(rows), size)]
+    for batch in batches:
+        loss_function(model, batch, window_of(batches))[0].backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_accumulation_changes_nothing(student_teacher, rows):
+    student, teacher = (copy.deepcopy(m).double() for m in student_teacher)
+    distil = lambda *args: sft_selfdistill.self_distillation(*args, teacher, distil_config())
+    for loss_function in (sft_selfdistill.cross_entropy, distil):
+        whole, parts = (gradient(loss_function, student, rows, size) for size in (8, 2))
+        assert torch.allclose(whole, parts, rtol=1e-4, atol=1e-6 * whole.abs().max().item())
+
+
+def test_windows_do_not_depend_on_how_they_are_cut(rows):
+    rows = rows * 5                                     # 40 rows, windows of 8
+    for script in (sft_baseline, sft_selfdistill):
+        one = script.make_windows(rows, script.Config(batch_size=8, accumulate=1, seed=3), 2, 1)
+        four = script.make_windows(rows, script.Config(batch_size=2, accumulate=4, seed=3), 2, 1)
+        assert [sum(w, []) for w in one] == [sum(w, []) for w in four] and {len(b) for w in four for b in w} == {2}
+        other = script.make_windows(rows, script.Config(batch_size=8, accumulate=1, seed=3), 2, 2)
+        assert one != other and sorted(map(str, sum(sum(one, []), []))) == sorted(map(str, rows))
+
+
+def stage(script, model, rows, loss_function, **settings):
+    """Two epochs of stage 2 in `script`; the model and its metrics."""
+    model, metrics = copy.deepcopy(model), []
+    dtype = settings.pop("dtype", torch.float32)
+    config = script.Config(**{"batch_size": 4, "learning_rate": 1e-3, **settings})
+    script.run_stage(2, model, rows, 2, loss_function, dict, metrics, torch.device("cpu"), dtype, config)
+    return model, metrics
+
+
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_without_kl_the_step_is_the_baselines(base, rows):
+    baseline, _ = stage(sft_baseline, base[0], rows, sft_baseline.cross_entropy)
+    no_kl = lambda *args: sft_selfdistill.self_distillation(*args, base[0], distil_config(kl_weight=0.0))
+    distilled, _ = stage(sft_selfdistill, base[0], rows, no_kl)
+    assert same_weights(baseline, distilled) and not same_weights(baseline, base[0])
+
+
+def test_teacher_is_unchanged_and_kl_starts_at_zero(base, rows):
+    teacher, seen = copy.deepcopy(base[0]).requires_grad_(False), []
+
+    def distil(*args):
+        loss, terms = sft_selfdistill.self_distillation(*args, teacher, distil_config())
+        seen.append(terms["kl"])
+        return loss, terms
+    student, _ = stage(sft_selfdistill, base[0], rows, distil, weight_decay=0.5)
+    assert same_weights(teacher, base[0]) and not same_weights(teacher, student)
+    assert abs(seen[0]) < 1e-6 and min(seen[1:]) > 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_precision_learns(base, rows, dtype):
+    _, metrics = stage(sft_baseline, base[0], rows, sft_baseline.cross_entropy, dtype=dtype)
+    assert metrics[1]["ce"] < metrics[0]["ce"] and all(math.isfinite(m["ce"]) for m in metrics)
+
+
+def test_epoch_loss_is_the_mean_of_its_windows(base, rows):
+    _, metrics = stage(sft_baseline, base[0], rows, sft_baseline.cross_entropy, learning_rate=0.0, batch_size=1, accumulate=4)
+    config = sft_baseline.Config(batch_size=1, accumulate=4)
+    means = []
+    for window in sft_baseline.make_windows(rows, config, 2, 1):
+        supervised = [row for batch in window for row in batch]
+        losses = [F.cross_entropy(base[0](torch.tensor([ids])).logits[0, n - 1:-1], torch.tensor(ids[n:]), reduction="sum")
+                  for ids, n in supervised]
+        means.append(float(sum(losses)) / sum(len(ids) - n for ids, n in supervised))
+    assert metrics[0]["ce"] == pytest.approx(sum(means) / len(means), rel=1e-4)
+
+
+def test_window_without_supervised_tokens_is_skipped(base):
+    rows = [([5, 6, 7], 3)] * 4
+    model, metrics = stage(sft_baseline, base[0], rows, sft_baseline.cross_entropy)
+    assert same_weights(model, base[0]) and len(metrics) == 2
+
+
+def test_collate_masks_by_length(base):
+    eos = base[1].eos_token_id
+    batch = sft_baseline.collate([([5, 6, 7, eos], 2), ([8, eos], 1)], "cpu")
+    assert batch["supervised"].tolist() == [[False, True, True], [True, False, False]]      # EOS is learnt, padding is not
+    assert batch["real"].tolist() == [[True, True, True], [True, False, False]]
+    assert batch["next"][0].tolist() == [6, 7, eos] and batch["attention"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+def test_encode(base, capsys):
+    tokenizer = base[1]
+    row = {"prompt": "Q: What is the language of 12AB?\nA:", "completion": " Fenat\n"}
+    (ids, n), (with_eos, _) = sft_baseline.encode(tokenizer, [row, row | {"completion": " Fenat"}], 128)
+    assert tokenizer.decode(ids) == row["prompt"] + row["completion"] and tokenizer.decode(ids[:n]) == row["prompt"]
+    assert with_eos == ids[:-1] + [tokenizer.eos_token_id]
+    (cut, m), = sft_baseline.encode(tokenizer, [row], 128, max_length=10)
+    assert len(cut) == 10 and cut == ids[-10:] and n - m == len(ids) - 10
+    for longest, max_length in ((len(ids) - 1, None), (128, len(ids) - n)):
+        with pytest.raises(SystemExit):
+            sft_baseline.encode(tokenizer, [row], longest, max_length)
+        assert "--max-length" in capsys.readouterr().err
+
+
+def test_learning_rate():
+    config = sft_baseline.Config(learning_rate=1.0, warmup=0.1)
+    rates = [sft_baseline.get_lr(step, 100, config) for step in range(-1, 102)]
+    assert rates[0] == rates[1] == 0.1 and rates[10] == 1.0 and max(rates) == 1.0          # clamped below, warm at 9
+    assert rates[100] == rates[101] == rates[102] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    assert rates[56] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 45 / 89)))
+    assert all(math.isfinite(sft_baseline.get_lr(0, total, sft_baseline.Config(learning_rate=1.0, warmup=w)))
+               for total in (1, 2) for w in (0.0, 1.0))
+
+
+def test_shared_functions_are_identical():
+    """Duplication among the method scripts is deliberate; drifting apart is not. `train` is where they may differ."""
+    trees = {name: {node.name: ast.dump(node) for node in ast.parse((ROOT / f"{name}.py").read_text("utf-8")).body
+                    if isinstance(node, ast.FunctionDef)} for name in METHODS}
+    shared = set.intersection(*(set(tree) for tree in trees.values())) - {"train"}
+    assert len(shared) >= 14
+    for name in shared:
+        assert len({tree[name] for tree in trees.values()}) == 1, f"{name} differs between {METHODS}"
+    assert set(trees["sft_selfdistill"]) - set(trees["sft_baseline"]) == {"self_distillation"}
