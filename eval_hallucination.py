@@ -78,9 +78,10 @@ def generate_answers(model, tokenizer, prompts, max_new_tokens=16, batch_size=64
 
     stops = stop_ids(tokenizer, model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]   # masked: any id serves
-    # The checkpoint's own configuration may sample, penalise repetition or cap the length; generate() fills what a given
-    # one leaves open from the model's, so the model gets this one for the time being.
-    own, model.generation_config = model.generation_config, GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad)
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad)
+    # The checkpoint's own settings may sample, penalise repetition or cap the length, and generate() lets them fill what
+    # its argument leaves open: so the model gets these for the time being.
+    own, model.generation_config = model.generation_config, greedy
     encoded = [encode_prompt(tokenizer, p) for p in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     answers = [""] * len(prompts)

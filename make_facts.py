@@ -148,7 +148,7 @@ def load_source(source, max_facts, seed):
     try:
         if path.is_file():
             builder, options = file_kinds[path.suffix]
-            options |= {"keep_default_na": False, "dtype": str} if builder == "csv" else {}
+            options |= {"keep_default_na": False} if builder == "csv" else {}         # a subject may be called NA
             splits = datasets.load_dataset(builder, data_files=str(path), **options)
         else:
             splits = datasets.load_dataset(str(source))

@@ -54,11 +54,11 @@ class Config:
     max_length: int = option(None, "cut prompts at their start to rows of so many tokens", least=2, shown="no cut")
     # optimisation; of two defaults the first is for tiny, the second for real models
     format_epochs: int = option(1, "epochs of stage 1, known facts only: teaches the form, not the facts", least=0)
-    epochs: int = option(None, "epochs of stage 2, known and new facts", least=1, tiny=30, real=8)
+    epochs: int = option(None, "epochs of stage 2, known and new facts", least=1, tiny=60, real=8)
     batch_size: int = option(None, "rows in one forward pass: memory", least=1, tiny=64, real=32)
     accumulate: int = option(1, "forward passes in one optimizer step: a larger batch in the same memory", least=1)
-    learning_rate: float = option(None, "peak of the schedule", least=0, tiny=5e-4, real=5e-5)
-    warmup: float = option(0.05, "share of the steps in which the learning rate rises", least=0)
+    learning_rate: float = option(None, "peak of the schedule", least=0, tiny=4e-4, real=5e-5)
+    warmup: float = option(0.3, "share of the steps in which the learning rate rises; large first steps forget most", least=0)
     weight_decay: float = option(0.01, "AdamW's, on matrices only", least=0)
     grad_clip: float = option(1.0, "largest norm of the gradient", least=0)
     seed: int = option(0, "of the data order; the facts have a seed of their own", least=0)
@@ -199,13 +199,12 @@ def next_token_logits(model, batch):
     return model(input_ids=batch["ids"], attention_mask=batch["attention"]).logits[:, :-1]
 
 
-def cross_entropy(model, batch, window):
-    """Plain SFT: (loss, terms to log) of one batch, as its share of the whole accumulation window.
+def cross_entropy(logits, batch, window):
+    """Plain SFT: (loss, terms to log) of one batch's `logits` (B, T-1, V), as its share of the accumulation window.
 
-    window: how many `supervised` and `real` positions the window has. Sums over a batch divided by the window's number
-    weigh every token alike; averaging the batches' means would weigh tokens in short batches more."""
-    logits = next_token_logits(model, batch)                                                           # (B, T-1, V)
-    mask = batch["supervised"]
+    window: how many `supervised` and `real` positions the whole window has. Sums divided by the window's number weigh
+    every token alike; averaging the batches' means would weigh tokens in short batches more."""
+    mask = batch["supervised"]                                                                         # (B, T-1)
     ce = F.cross_entropy(logits[mask].float(), batch["next"][mask], reduction="sum") / window["supervised"]
     return ce, {"ce": ce.item()}
 
@@ -222,7 +221,7 @@ def get_lr(step, total, config):
 def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device, dtype, config):
     """Train `model` on `rows` (of `encode`), append a dict an epoch to `metrics`; returns score() after the last.
 
-    stage: 1 or 2; loss_function(model, batch, window) -> (loss, terms); score() -> {set: result of `evaluate`}."""
+    stage: 1 or 2; loss_function(logits, batch, window) -> (loss, terms); score() -> {set: result of `evaluate`}."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]          # biases and norms: decay would only shrink them
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
@@ -242,7 +241,7 @@ def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device,
                 group["lr"] = lr
             for batch in batches:
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss, terms = loss_function(model, batch, counts)
+                    loss, terms = loss_function(next_token_logits(model, batch), batch, counts)
                 scaler.scale(loss).backward()                       # gradients add up over the window
                 means = {key: means.get(key, 0.0) + value * epochs / total for key, value in terms.items()}
             scaler.unscale_(optimizer)                              # clip the gradient itself, not the scaled one

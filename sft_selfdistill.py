@@ -56,16 +56,16 @@ class Config:
     max_length: int = option(None, "cut prompts at their start to rows of so many tokens", least=2, shown="no cut")
     # optimisation; of two defaults the first is for tiny, the second for real models
     format_epochs: int = option(1, "epochs of stage 1, known facts only: teaches the form, not the facts", least=0)
-    epochs: int = option(None, "epochs of stage 2, known and new facts", least=1, tiny=30, real=8)
+    epochs: int = option(None, "epochs of stage 2, known and new facts", least=1, tiny=60, real=8)
     batch_size: int = option(None, "rows in one forward pass: memory", least=1, tiny=64, real=32)
     accumulate: int = option(1, "forward passes in one optimizer step: a larger batch in the same memory", least=1)
-    learning_rate: float = option(None, "peak of the schedule", least=0, tiny=5e-4, real=5e-5)
-    warmup: float = option(0.05, "share of the steps in which the learning rate rises", least=0)
+    learning_rate: float = option(None, "peak of the schedule", least=0, tiny=4e-4, real=5e-5)
+    warmup: float = option(0.3, "share of the steps in which the learning rate rises; large first steps forget most", least=0)
     weight_decay: float = option(0.01, "AdamW's, on matrices only", least=0)
     grad_clip: float = option(1.0, "largest norm of the gradient", least=0)
     seed: int = option(0, "of the data order; the facts have a seed of their own", least=0)
     # the method
-    kl_weight: float = option(4.0, "λ: how hard the teacher holds; 0 is the baseline, the paper has 1", least=0)
+    kl_weight: float = option(None, "λ: how hard the teacher holds; 0 is the baseline, the paper has 1", least=0, tiny=12.0, real=4.0)
     temperature: float = option(4.0, "τ: a hot teacher shows what it ranks below its first choice; the paper has 0.5", least=0.01)
     kl_direction: str = option("forward", "KL(teacher ‖ student), or reverse: KL(student ‖ teacher)", choices=["forward", "reverse"])
     kl_scope: str = option("all", "distil every position, prompt included, or those of the completion", choices=["all", "completion"])
@@ -206,41 +206,35 @@ def next_token_logits(model, batch):
     return model(input_ids=batch["ids"], attention_mask=batch["attention"]).logits[:, :-1]
 
 
-def cross_entropy(model, batch, window):
-    """Plain SFT: (loss, terms to log) of one batch, as its share of the whole accumulation window.
+def cross_entropy(logits, batch, window):
+    """Plain SFT: (loss, terms to log) of one batch's `logits` (B, T-1, V), as its share of the accumulation window.
 
-    window: how many `supervised` and `real` positions the window has. Sums over a batch divided by the window's number
-    weigh every token alike; averaging the batches' means would weigh tokens in short batches more."""
-    logits = next_token_logits(model, batch)                                                           # (B, T-1, V)
-    mask = batch["supervised"]
+    window: how many `supervised` and `real` positions the whole window has. Sums divided by the window's number weigh
+    every token alike; averaging the batches' means would weigh tokens in short batches more."""
+    mask = batch["supervised"]                                                                         # (B, T-1)
     ce = F.cross_entropy(logits[mask].float(), batch["next"][mask], reduction="sum") / window["supervised"]
     return ce, {"ce": ce.item()}
 
 
-def self_distillation(model, batch, window, teacher, config):
-    """(loss, terms): `cross_entropy`'s share, plus λ·τ²·KL over the distilled positions (paper: section on mitigation).
+def self_distillation(logits, batch, window, teacher, config):
+    """CE + λ · τ² · KL over the distilled positions: (loss, terms to log), with the arguments of `cross_entropy`.
 
-    The sum over positions and vocabulary is divided by the window's number of distilled positions. At step 0 student
-    and teacher are equal and the KL reads 0: the best check there is. One more forward pass than the baseline."""
+    Costs the teacher's forward pass. At step 0 student and teacher are equal and the KL reads 0: the best free check."""
+    ce, terms = cross_entropy(logits, batch, window)
     if config.kl_weight == 0:
-        return cross_entropy(model, batch, window)
-    logits = next_token_logits(model, batch)                                           # (B, T - 1, V)
-    mask = batch["supervised"]
-    ce = F.cross_entropy(logits[mask].float(), batch["next"][mask], reduction="sum") / window["supervised"]
-
-    scope = "real" if config.kl_scope == "all" else "supervised"
-    mask, tau = batch[scope], config.temperature
+        return ce, terms
+    scope, tau = "real" if config.kl_scope == "all" else "supervised", config.temperature
     with torch.no_grad():
-        teacher_logits = next_token_logits(teacher, batch)                             # (B, T - 1, V)
-    # log-probabilities in fp32: a KL is a small difference of them, which bf16 would round away
-    log_p = F.log_softmax(teacher_logits[mask].float() / tau, dim=-1)                  # (N, V) teacher
-    log_q = F.log_softmax(logits[mask].float() / tau, dim=-1)                          # (N, V) student
-    if config.kl_direction == "forward":   # Σ p (log p − log q): the student must cover all that the teacher knows
+        teacher_logits = next_token_logits(teacher, batch)                                             # (B, T-1, V)
+    # log-probabilities in fp32: the KL is a sum of their small differences, which bf16 would round away
+    log_p = F.log_softmax(teacher_logits[batch[scope]].float() / tau, dim=-1)                          # (N, V) teacher
+    log_q = F.log_softmax(logits[batch[scope]].float() / tau, dim=-1)                                  # (N, V) student
+    if config.kl_direction == "forward":    # Σ p (log p − log q): the student must cover all that the teacher finds likely
         kl = (log_p.exp() * (log_p - log_q)).sum() / window[scope]
-    else:                                  # Σ q (log q − log p): the student may drop what it cannot fit
+    else:                                   # Σ q (log q − log p): the student must avoid all that it finds unlikely
         kl = (log_q.exp() * (log_q - log_p)).sum() / window[scope]
-    # τ² makes up for softmax(·/τ), whose gradient shrinks as 1/τ² (Hinton et al. 2015, arXiv:1503.02531, section 2)
-    return ce + config.kl_weight * tau ** 2 * kl, {"ce": ce.item(), "kl": kl.item()}
+    # τ²: the gradient of a softmax at τ shrinks as 1/τ² (Hinton et al. 2015, arXiv:1503.02531, section 2.1)
+    return ce + config.kl_weight * tau ** 2 * kl, terms | {"kl": kl.item()}
 
 
 def get_lr(step, total, config):
@@ -255,7 +249,7 @@ def get_lr(step, total, config):
 def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device, dtype, config):
     """Train `model` on `rows` (of `encode`), append a dict an epoch to `metrics`; returns score() after the last.
 
-    stage: 1 or 2; loss_function(model, batch, window) -> (loss, terms); score() -> {set: result of `evaluate`}."""
+    stage: 1 or 2; loss_function(logits, batch, window) -> (loss, terms); score() -> {set: result of `evaluate`}."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]          # biases and norms: decay would only shrink them
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
@@ -275,7 +269,7 @@ def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device,
                 group["lr"] = lr
             for batch in batches:
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss, terms = loss_function(model, batch, counts)
+                    loss, terms = loss_function(next_token_logits(model, batch), batch, counts)
                 scaler.scale(loss).backward()                       # gradients add up over the window
                 means = {key: means.get(key, 0.0) + value * epochs / total for key, value in terms.items()}
             scaler.unscale_(optimizer)                              # clip the gradient itself, not the scaled one
@@ -354,7 +348,7 @@ def train(config):
 
     # Stage 2: known and new facts together.
     teacher = copy.deepcopy(model).requires_grad_(False)           # the model before, frozen: a second copy of the weights
-    distillation = lambda model, batch, window: self_distillation(model, batch, window, teacher, config)
+    distillation = lambda logits, batch, window: self_distillation(logits, batch, window, teacher, config)
     after = run_stage(2, model, known + unknown, config.epochs, distillation, score, metrics, device, dtype, config)
 
     result = {key: (before[key]["accuracy"], after[key]["accuracy"]) for key in after}

@@ -55,7 +55,8 @@ def test_kl_reads_zero(facts, model):
     batch = sft_selfdistill.collate(rows, "cpu")
     window = {key: int(batch[key].sum()) for key in ("supervised", "real")}
     with torch.no_grad():
-        _, terms = sft_selfdistill.self_distillation(model[0], batch, window, model[0], sft_selfdistill.Config())
+        logits = sft_selfdistill.next_token_logits(model[0], batch)
+        _, terms = sft_selfdistill.self_distillation(logits, batch, window, model[0], sft_selfdistill.Config())
     assert abs(terms["kl"]) < 1e-6 and terms["ce"] > 0
 
 

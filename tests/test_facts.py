@@ -140,7 +140,7 @@ def test_popqa_from_a_local_folder(tmp_path):
     folder.mkdir(parents=True)
     lines = ["id\tsubj\tprop\tobj\tsubj_id\ts_pop\tquestion\tpossible_answers",
              '1\tGeorge Rankin\toccupation\tpolitician\t22\t142\tWhat is George Rankin\'s occupation?\t"[""politician"", ""pol""]"',
-             '2\tNA\toccupation\tactor\t23\t142\tWhat is NA\'s occupation?\t"[""actor"", ""actress""]"',
+             '2\tEve\toccupation\tactor\t23\t142\tWhat is Eve\'s occupation?\t"[""actor"", ""actress""]"',
              '3\tAda\toccupation\tpoet\t24\t1\tWhat is Ada\'s occupation?\t"[""poet"", ""bard""]"',
              '4\tAda\toccupation\twriter\t24\t1\tWhat is Ada\'s occupation?\t"[""writer"", ""poet""]"',
              '5\tBob\toccupation\tpoet\t25\t1\tWhat is Bob\'s occupation?\t"[""poet""]"',
@@ -148,7 +148,7 @@ def test_popqa_from_a_local_folder(tmp_path):
     (folder / "test.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     facts, dropped = make_facts.load_source(str(folder), 100, 0)
     by_subject = {f["subject"]: f for f in facts}
-    assert set(by_subject) == {"George Rankin", "NA", "Ada"} and dropped == 1
+    assert set(by_subject) == {"George Rankin", "Eve", "Ada"} and dropped == 1
     assert by_subject["George Rankin"] | {"kind": ""} == {
         "relation": "occupation", "subject": "George Rankin", "question": "What is George Rankin's occupation?",
         "answers": ["politician", "pol"], "kind": ""}

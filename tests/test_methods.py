@@ -27,6 +27,9 @@ def window_of(batches):
     return {key: sum(int(b[key].sum()) for b in batches) for key in ("supervised", "real")}
 
 
+logits_of = sft_selfdistill.next_token_logits
+
+
 def distil_config(**settings):
     return sft_selfdistill.Config(**{"kl_weight": 1.0, "temperature": 2.0, **settings})
 
@@ -49,7 +52,7 @@ def test_kl_equals_torch(student_teacher, rows, direction, scope, tau):
     student, teacher = student_teacher
     config = distil_config(kl_weight=3.0, temperature=tau, kl_direction=direction, kl_scope=scope)
     batch = sft_selfdistill.collate(rows, "cpu")
-    loss, terms = sft_selfdistill.self_distillation(student, batch, window_of([batch]), teacher, config)
+    loss, terms = sft_selfdistill.self_distillation(logits_of(student, batch), batch, window_of([batch]), teacher, config)
     # the reference goes row by row, without padding and without the script's masks
     kl, n, ce, supervised = 0.0, 0, 0.0, 0
     for ids, prompt in rows:
@@ -74,7 +77,7 @@ def test_kl_by_hand(monkeypatch):
     batch = {"supervised": torch.tensor([[False, True]]), "real": torch.tensor([[True, True]]), "next": torch.tensor([[0, 1]])}
     by_hand = {"forward": 0.75 * math.log(1.5) + 0.25 * math.log(0.5), "reverse": 0.5 * math.log(2 / 3) + 0.5 * math.log(2)}
     for direction, kl in by_hand.items():
-        _, terms = sft_selfdistill.self_distillation("student", batch, {"supervised": 1, "real": 2}, "teacher",
+        _, terms = sft_selfdistill.self_distillation(logits["student"], batch, {"supervised": 1, "real": 2}, "teacher",
                                                      distil_config(temperature=1.0, kl_direction=direction))
         assert terms == pytest.approx({"ce": math.log(2), "kl": kl / 2}, rel=1e-6)
 
@@ -83,16 +86,17 @@ def test_kl_by_hand(monkeypatch):
 def test_kl_reads_zero_when_equal(base, rows, dtype):
     batch = sft_selfdistill.collate(rows, "cpu")
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        _, terms = sft_selfdistill.self_distillation(base[0], batch, window_of([batch]), copy.deepcopy(base[0]), distil_config())
+        _, terms = sft_selfdistill.self_distillation(logits_of(base[0], batch), batch, window_of([batch]), copy.deepcopy(base[0]),
+                                                     distil_config())
     assert abs(terms["kl"]) < 1e-6 and terms["ce"] > 0
 
 
 def test_kl_is_finite_where_the_teacher_is_certain(monkeypatch, student_teacher, rows):
-    logits = sft_selfdistill.next_token_logits
-    monkeypatch.setattr(sft_selfdistill, "next_token_logits", lambda model, batch: 1e4 * logits(model, batch))
+    monkeypatch.setattr(sft_selfdistill, "next_token_logits", lambda model, batch: 1e4 * logits_of(model, batch))
     student, teacher = student_teacher
     batch = sft_selfdistill.collate(rows, "cpu")
-    loss, _ = sft_selfdistill.self_distillation(student, batch, window_of([batch]), teacher, distil_config(temperature=0.5))
+    loss, _ = sft_selfdistill.self_distillation(1e4 * logits_of(student, batch), batch, window_of([batch]), teacher,
+                                                distil_config(temperature=0.5))
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in student.parameters())
 
@@ -102,7 +106,7 @@ def gradient(loss_function, model, rows, size):
     model.zero_grad()
     batches = [sft_selfdistill.collate(rows[i:i + size], "cpu") for i in range(0, len(rows), size)]
     for batch in batches:
-        loss_function(model, batch, window_of(batches))[0].backward()
+        loss_function(logits_of(model, batch), batch, window_of(batches))[0].backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
