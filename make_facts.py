@@ -201,7 +201,8 @@ def score_answers(model, tokenizer, prefix, facts, batch_size=64, temperature=SA
     the full vocabulary, is an accepted answer and stops. One forward pass over prompt + answer gives both, exactly:
     greedy decoding yields the answer if each of its tokens is the argmax of its position, and the probability is the
     product of theirs. Stopping is any token of `stop_ids` next. Accepted answers are scored each; their probabilities
-    add. Only the canonical tokenization of an answer is scored, so both are lower bounds of what `generate` would give.
+    add. Only the canonical spelling and tokenization of an answer is scored, so both are lower bounds of what `generate`
+    and `exact_match` would give.
     The prefix, the same for all facts, is run once; its KV cache serves every batch."""
     import torch
     stops = torch.tensor(stop_ids(tokenizer, model), device=model.device)

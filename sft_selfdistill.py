@@ -38,19 +38,17 @@ from tqdm import tqdm
 METHOD = "selfdistill"
 
 
-def option(default, consequence, **more):
-    """A field of Config: its default, and what it does, which is also its line in --help."""
-    return field(default=default, metadata={"help": consequence, **more})
+option = lambda default, consequence, **more: field(default=default, metadata={"help": consequence, **more})
 
 
 @dataclass
-class Config:
+class Config:   # each field is a flag; its consequence is the flag's line in --help
     # the model and its data
     model: str = option("tiny", "hub name or local folder of a causal language model; tiny is FACTS/base")
     facts: str = option(None, "fact folder of make_facts.py, made if absent", shown="facts/MODEL")
     train: str = option(None, "your own JSONL of prompt and completion, instead of a fact folder", shown="none")
     known: str = option(None, "JSONL of facts it knows, to train on too; --train without it skips stage 1", shown="FACTS's")
-    heldout: str = option(None, "JSONL of facts it knows, never trained on: is anything forgotten?", shown="FACTS's")
+    heldout: str = option(None, "JSONL of facts it knows, never trained on, to see what it forgets", shown="FACTS's")
     out: str = option(None, "run folder to write", shown=f"runs/{METHOD}-MODEL-SEED")
     overwrite: bool = option(False, "replace the run folder if it exists")
     max_length: int = option(None, "cut prompts at their start to rows of so many tokens", least=2, shown="no cut")
@@ -60,19 +58,18 @@ class Config:
     batch_size: int = option(None, "rows in one forward pass: memory", least=1, tiny=64, real=32)
     accumulate: int = option(1, "forward passes in one optimizer step: a larger batch in the same memory", least=1)
     learning_rate: float = option(None, "peak of the schedule", least=0, tiny=4e-4, real=5e-5)
-    warmup: float = option(0.3, "share of the steps in which the learning rate rises; large first steps forget most", least=0)
+    warmup: float = option(0.3, "share of the steps in which the rate rises; large first steps forget most", least=0)
     weight_decay: float = option(0.01, "AdamW's, on matrices only", least=0)
     grad_clip: float = option(1.0, "largest norm of the gradient", least=0)
     seed: int = option(0, "of the data order; the facts have a seed of their own", least=0)
     # the method
     kl_weight: float = option(None, "λ: how hard the teacher holds; 0 is the baseline, the paper has 1", least=0, tiny=12.0, real=4.0)
-    temperature: float = option(4.0, "τ: a hot teacher shows what it ranks below its first choice; the paper has 0.5", least=0.01)
-    kl_direction: str = option("forward", "KL(teacher ‖ student), or reverse: KL(student ‖ teacher)", choices=["forward", "reverse"])
-    kl_scope: str = option("all", "distil every position, prompt included, or those of the completion", choices=["all", "completion"])
+    temperature: float = option(4.0, "τ: a hot teacher also shows what it ranks below its choice; the paper has 0.5", least=0.01)
+    kl_direction: str = option("forward", "KL(teacher ‖ student); reverse: KL(student ‖ teacher)", choices=["forward", "reverse"])
+    kl_scope: str = option("all", "distil every position, prompt included, or the completion's", choices=["all", "completion"])
     # the machine
     device: str = option("auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = option("auto", "autocast precision; auto takes the fast one of the device",
-                        choices=["auto", "float32", "bfloat16", "float16"])
+    dtype: str = option("auto", "autocast precision; auto takes the fast one", choices=["auto", "float32", "bfloat16", "float16"])
 
 
 def fail(message):
@@ -82,13 +79,14 @@ def fail(message):
 
 
 def parse(argv=None):
-    """Config from the command line; its fields are the flags."""
+    """Config from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     for f in fields(Config):
-        shown = f.metadata.get("shown") or (f"{f.metadata['tiny']}, {f.metadata['real']}" if "tiny" in f.metadata else f.default)
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata.get("choices")}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f"{f.metadata['help']} (default: {shown})", **kind)
+        m = f.metadata
+        shown = f"{m['tiny']}, {m['real']}" if "tiny" in m else m.get("shown", f.default)
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": m.get("choices")}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f"{m['help']} (default: {shown})", **kind)
     return Config(**vars(parser.parse_args(argv)))
 
 
@@ -108,16 +106,15 @@ def resolve(config):
 
 def device_and_dtype(config):
     """(device, autocast dtype): half precision only where the hardware multiplies it fast; MPS stays in fp32."""
-    device, dtype = config.device, config.dtype
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.zeros(1, device=device).device
+        device = torch.zeros(1, device=found if config.device == "auto" else config.device).device
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {config.device}: {str(error).splitlines()[0]}")
+    dtype = config.dtype
     if dtype == "auto" and device.type == "cuda":
         dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    elif dtype == "auto":   # a CPU without AMX tiles multiplies bf16 at half the speed of fp32
+    elif dtype == "auto":                       # a CPU without AMX multiplies bf16 at half the speed of fp32
         dtype = "bfloat16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "float32"
     return device, getattr(torch, dtype)
 
@@ -129,7 +126,7 @@ def fact_files(config):
         try:
             import make_facts
         except ModuleNotFoundError:
-            fail(f"--facts {folder}: no facts there, and no make_facts.py here to make them; give your own rows with --train FILE")
+            fail(f"--facts {folder}: no facts there and no make_facts.py here; give your own rows with --train FILE")
         make_facts.main(["--model", config.model, "--out", str(folder)])
     files = {"unknown": config.train, "known": config.known, "heldout": config.heldout}
     names = {"unknown": "train_unknown.jsonl", "known": "train_known.jsonl", "heldout": "heldout_known.jsonl"}
@@ -140,24 +137,24 @@ def read_rows(path):
     """The rows of a JSONL file, dicts with at least `prompt` and `completion`; [] for None."""
     rows = []
     try:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines() if path else [], 1):
-            row = json.loads(line)
-            if not all(isinstance(row.get(key), str) and row[key].strip() for key in ("prompt", "completion")):
-                fail(f"{path}:{number}: {line[:80]} has no text under prompt or under completion")
-            rows.append(row)
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path}: cannot be read as UTF-8 text ({error})")
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n") if path else [], 1):
+            if line.strip():
+                rows.append(json.loads(line))
+                if not all(isinstance(rows[-1].get(key), str) and rows[-1][key].strip() for key in ("prompt", "completion")):
+                    fail(f"{path}:{number}: no text under prompt or under completion in {line[:80]}")
     except (json.JSONDecodeError, AttributeError) as error:
         fail(f"{path}:{number}: {line[:80]!r} is not a JSON object ({error})")
-    return rows if rows or not path else fail(f"{path}: is empty; each line must be a JSON object with prompt and completion")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{path}: cannot be read as UTF-8 text ({error})")
+    return rows if rows or not path else fail(f"{path}: is empty; each line must be an object with prompt and completion")
 
 
 def encode(tokenizer, rows, longest, max_length=None):
     """[(ids, n)]: token ids of each row's prompt + completion, of which the first n are the prompt's.
 
-    Prompt and completion are encoded apart, as at test time, when there is no completion yet. The prompt gets BOS
-    where the tokenizer adds one; the completion gets EOS unless it ends in a newline, the end of a one-line answer.
-    Ends the program on a row of more than `longest` tokens (the model's context) that `max_length` does not cut."""
+    They are encoded apart, as at test time, when there is no completion yet. The prompt gets BOS where the tokenizer
+    adds one; the completion gets EOS unless it ends in a newline, as one-line answers do. Ends the program on a row of
+    more than `longest` tokens, the model's context, that `max_length` does not cut."""
     encoded, eos = [], tokenizer.eos_token_id
     for row in rows:
         prompt = tokenizer(row["prompt"])["input_ids"]
@@ -166,8 +163,8 @@ def encode(tokenizer, rows, longest, max_length=None):
         completion = completion if row["completion"].endswith("\n") or eos is None else completion + [eos]
         excess = max(0, len(prompt) + len(completion) - (max_length or math.inf))
         if excess >= len(prompt) or len(prompt) - excess + len(completion) > longest:
-            fail(f"{row['prompt'][:40]!r} and its completion are {len(prompt) + len(completion)} tokens, the model reads {longest}; "
-                 f"--max-length (now {max_length}) cuts prompts at their start, but leaves one token")
+            fail(f"{row['prompt'][:40]!r} with its completion is {len(prompt) + len(completion)} tokens, the model reads "
+                 f"{longest}; --max-length (now {max_length}) cuts prompts at their start and must leave a token of them")
         encoded.append((prompt[excess:] + completion, len(prompt) - excess))
     return encoded
 
@@ -179,26 +176,23 @@ def make_windows(rows, config, stage, epoch):
     shuffle, cut into pools of four windows, sort each pool by length, cut it up, shuffle the windows."""
     rng = np.random.default_rng([config.seed, stage, epoch])
     rows = [rows[i] for i in rng.permutation(len(rows))]
+    cut = lambda items, size: [items[i:i + size] for i in range(0, len(items), size)]
     size = config.batch_size * config.accumulate
-    pools = [sorted(rows[i:i + 4 * size], key=lambda row: len(row[0])) for i in range(0, len(rows), 4 * size)]
-    windows = [pool[i:i + size] for pool in pools for i in range(0, len(pool), size)]
-    return [[windows[w][i:i + config.batch_size] for i in range(0, len(windows[w]), config.batch_size)]
-            for w in rng.permutation(len(windows))]
+    windows = [window for pool in cut(rows, 4 * size) for window in cut(sorted(pool, key=lambda row: len(row[0])), size)]
+    return [cut(windows[w], config.batch_size) for w in rng.permutation(len(windows))]
 
 
 def collate(rows, device):
-    """Pad `encode`d rows on the right. The masks go by length, so any id pads, and EOS in a row is still supervised.
-
-    ids, attention (B, T); next (B, T-1): the token that each position predicts; real (B, T-1): it is a token of the
-    row; supervised (B, T-1): it is a token of the completion."""
+    """Pad `encode`d rows on the right: ids, attention (B, T); next, the token that each position predicts, and the masks
+    real, it is a token of the row, and supervised, of its completion (B, T-1). Masks go by length, so any id pads."""
     lengths, prompts = torch.tensor([[len(ids), n] for ids, n in rows])[:, :, None].unbind(1)          # (B, 1) each
     width = int(lengths.max())
     ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])                            # (B, T)
     position = torch.arange(width)[None]                                                               # (1, T)
     real = position[:, 1:] < lengths
-    batch = {"ids": ids, "attention": (position < lengths).long(), "next": ids[:, 1:], "real": real,
-             "supervised": real & (position[:, 1:] >= prompts)}
-    return {key: value.to(device) for key, value in batch.items()}
+    return {key: value.to(device) for key, value in {
+        "ids": ids, "attention": (position < lengths).long(), "next": ids[:, 1:], "real": real,
+        "supervised": real & (position[:, 1:] >= prompts)}.items()}
 
 
 def next_token_logits(model, batch):
@@ -229,9 +223,9 @@ def self_distillation(logits, batch, window, teacher, config):
     # log-probabilities in fp32: the KL is a sum of their small differences, which bf16 would round away
     log_p = F.log_softmax(teacher_logits[batch[scope]].float() / tau, dim=-1)                          # (N, V) teacher
     log_q = F.log_softmax(logits[batch[scope]].float() / tau, dim=-1)                                  # (N, V) student
-    if config.kl_direction == "forward":    # Σ p (log p − log q): the student must cover all that the teacher finds likely
+    if config.kl_direction == "forward":    # Σ p (log p − log q): the student must cover what the teacher finds likely
         kl = (log_p.exp() * (log_p - log_q)).sum() / window[scope]
-    else:                                   # Σ q (log q − log p): the student must avoid all that it finds unlikely
+    else:                                   # Σ q (log q − log p): the student must avoid what it finds unlikely
         kl = (log_q.exp() * (log_q - log_p)).sum() / window[scope]
     # τ²: the gradient of a softmax at τ shrinks as 1/τ² (Hinton et al. 2015, arXiv:1503.02531, section 2.1)
     return ce + config.kl_weight * tau ** 2 * kl, terms | {"kl": kl.item()}
@@ -250,17 +244,16 @@ def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device,
     """Train `model` on `rows` (of `encode`), append a dict an epoch to `metrics`; returns score() after the last.
 
     stage: 1 or 2; loss_function(logits, batch, window) -> (loss, terms); score() -> {set: result of `evaluate`}."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]          # biases and norms: decay would only shrink them
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-                                  lr=config.learning_rate, fused=device.type != "mps")
+    # biases and norms, which are no matrices, are not decayed
+    groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": config.weight_decay},
+              {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)          # does nothing otherwise
     step, total, started = 0, epochs * math.ceil(len(rows) / (config.batch_size * config.accumulate)), time.time()
     for epoch in range(1, epochs + 1):
-        means = {}
-        for window in tqdm(make_windows(rows, config, stage, epoch), desc=f"stage {stage}, epoch {epoch} of {epochs}",
-                           unit="step", leave=False, disable=None):
-            batches = [collate(rows, device) for rows in window]
+        means, windows = {}, make_windows(rows, config, stage, epoch)
+        for window in tqdm(windows, f"stage {stage}, epoch {epoch} of {epochs}", unit="step", leave=False, disable=None):
+            batches = [collate(batch, device) for batch in window]
             counts = {mask: sum(int(b[mask].sum()) for b in batches) for mask in ("supervised", "real")}
             lr, step = get_lr(step, total, config), step + 1
             if counts["supervised"] == 0:                           # nothing to learn, and 0 / 0 would be NaN
@@ -271,7 +264,7 @@ def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device,
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     loss, terms = loss_function(next_token_logits(model, batch), batch, counts)
                 scaler.scale(loss).backward()                       # gradients add up over the window
-                means = {key: means.get(key, 0.0) + value * epochs / total for key, value in terms.items()}
+                means = {key: means.get(key, 0.0) + value / len(windows) for key, value in terms.items()}
             scaler.unscale_(optimizer)                              # clip the gradient itself, not the scaled one
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             scaler.step(optimizer)
@@ -279,71 +272,57 @@ def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device,
             optimizer.zero_grad(set_to_none=True)
         scores = score()
         means |= {key: s["accuracy"] for key, s in scores.items()}
-        print(f"stage {stage}, epoch {epoch}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()) + f" ({time.time() - started:.0f} s)")
-        metrics.append({"stage": stage, "epoch": epoch, "step": step, "learning_rate": lr, **means,
-                        "seconds": round(time.time() - started, 1)})
+        seconds = round(time.time() - started, 1)
+        print(f"stage {stage}, epoch {epoch}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()) + f" ({seconds:.0f} s)")
+        metrics.append({"stage": stage, "epoch": epoch, "step": step, "learning_rate": lr, **means, "seconds": seconds})
     return scores
 
 
 def load_model(name, device):
-    """(model, tokenizer). Weights in fp32 whatever the checkpoint holds: small steps would vanish in bf16 weights.
-
-    eval() turns dropout off and stays on in training: dropout would add noise to every difference that is measured."""
+    """(model, tokenizer), the weights in fp32 whatever the checkpoint holds: small steps would vanish in bf16 weights."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        # eval: no dropout, in training either; it would add noise to every difference that is measured here
         return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(name)
     except Exception as error:                  # the library raises many kinds: no file, bad config, no network
-        fail(f"--model {name}: cannot be loaded ({(str(error).strip() or repr(error)).splitlines()[0]}); give a local folder "
-             "with config.json, model.safetensors and tokenizer, or a hub name and a network")
-
-
-def save_run(model, tokenizer, run, metrics, heldout, before, after, out):
-    """Write the run folder, whole or not at all: checkpoint, run.json, metrics.jsonl, answers.jsonl (held-out facts)."""
-    temporary = out.with_name(f".{out.name}.part-{os.getpid()}")
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    answers = [{**row, "before": before["answers"][i], "right_before": before["right"][i], "after": after["answers"][i],
-                "right_after": after["right"][i]} for i, row in enumerate(heldout if after else [])]
-    for name, rows in (("metrics.jsonl", metrics), ("answers.jsonl", answers), ("run.json", [run])):
-        (temporary / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    if out.exists():                            # --overwrite
-        shutil.rmtree(out)
-    os.replace(temporary, out)
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        fail(f"--model {name}: cannot be loaded ({reason}); give a local folder with config.json, model.safetensors and "
+             "tokenizer, or the name of a model on the hub and a network")
 
 
 def train(config):
-    """Both stages. Returns {"unknown", "known", "heldout": (accuracy before stage 2, after it)} and saves the run."""
+    """Both stages; saves the run and returns {"unknown", "known", "heldout": (accuracy before stage 2, after it)}."""
     resolve(config)
     device, dtype = device_and_dtype(config)
     files = fact_files(config)
     sets = {key: read_rows(path) for key, path in files.items()}
-    torch.manual_seed(config.seed)
     model, tokenizer = load_model(Path(config.facts) / "base" if config.model == "tiny" else config.model, device)
     context = getattr(model.config, "max_position_embeddings", math.inf)
     known, unknown = (encode(tokenizer, sets[key], context, config.max_length) for key in ("known", "unknown"))
     print(*(f"{key} = {value}" for key, value in asdict(config).items()), sep="\n")
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}, autocast {dtype}; " + ", ".join(
-        f"{len(rows)} {key}" for key, rows in sets.items()) + f" rows, {sum(len(ids) for ids, _ in known + unknown):,} tokens to train on")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}, autocast {dtype};",
+          ", ".join(f"{len(rows)} {key}" for key, rows in sets.items()), "rows;",
+          f"{sum(len(ids) for ids, _ in known + unknown):,} tokens an epoch", flush=True)
+    try:
+        from eval_hallucination import evaluate
+    except ModuleNotFoundError:
+        print("accuracy not measured: eval_hallucination.py is not beside this script")
+        evaluate = None
 
-    def score():                                # accuracy on each set, before stage 2 and after every epoch
-        try:
-            from eval_hallucination import evaluate
-        except ModuleNotFoundError:
-            return {}
+    def score():                                # of each set: before stage 2, and after every epoch
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return {key: evaluate(model, tokenizer, rows, 4 * config.batch_size) for key, rows in sets.items() if rows}
+            return {key: evaluate(model, tokenizer, rows, 4 * config.batch_size) for key, rows in sets.items()
+                    if rows and evaluate}
 
     # Stage 1: the form of the task, from facts that the model knows. The result is the model before.
-    metrics = []
+    metrics = []                                # a dict an epoch
     if known and config.format_epochs:
         before = run_stage(1, model, known, config.format_epochs, cross_entropy, score, metrics, device, dtype, config)
     else:
         print("stage 1 skipped: no known facts to train on, or --format-epochs 0")
         before = score()
-    if not before:
-        print("accuracy not measured: eval_hallucination.py is not beside this script")
     metrics.append({"stage": 2, "epoch": 0, **{key: s["accuracy"] for key, s in before.items()}})
 
     # Stage 2: known and new facts together.
@@ -352,17 +331,30 @@ def train(config):
     after = run_stage(2, model, known + unknown, config.epochs, distillation, score, metrics, device, dtype, config)
 
     result = {key: (before[key]["accuracy"], after[key]["accuracy"]) for key in after}
-    for key, (first, last) in result.items():
-        print(f"{ {'unknown': 'new facts', 'known': 'known facts, trained on', 'heldout': 'known facts, held out'}[key]:24}"
-              f"{first:.3f} → {last:.3f}  of {len(sets[key])}")
+    for key, name in (("unknown", "new facts"), ("known", "known facts, trained on"), ("heldout", "known facts, held out")):
+        if key in result:
+            print(f"{name:23}  {result[key][0]:.3f} → {result[key][1]:.3f}  of {len(sets[key])}")
+    answers = []                                # a dict a held-out fact
     if "heldout" in result:
-        peak = max(m["heldout"] for m in metrics if m["stage"] == 2)
-        first, last = result["heldout"]
-        print(f"forgetting: {100 * (first - last):.1f} points of the held-out facts, {100 * (peak - last):.1f} from the peak")
+        columns = [scores["heldout"][key] for scores in (before, after) for key in ("answers", "right")]
+        answers = [{**row, **dict(zip(("before", "right_before", "after", "right_after"), values))}
+                   for row, *values in zip(sets["heldout"], *columns)]
+        drops = [100 * (m["heldout"] - result["heldout"][1]) for m in metrics if m["stage"] == 2]
+        print(f"forgetting: {drops[0]:.1f} points of the held-out facts, {max(drops):.1f} from the peak")
     run = {"method": METHOD, "config": asdict(config), "device": str(device), "dtype": str(dtype), "result": result,
-           "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
+           "versions": {library.__name__: library.__version__ for library in (torch, transformers, np)},
            "data": {key: hashlib.sha256(Path(path).read_bytes()).hexdigest() for key, path in files.items() if path}}
-    save_run(model, tokenizer, run, metrics, sets["heldout"], before.get("heldout"), after.get("heldout"), Path(config.out))
+
+    # Save under a temporary name: the run folder is there whole, or not at all.
+    out = Path(config.out)
+    temporary = out.with_name(f".{out.name}.part-{os.getpid()}")
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    for name, rows in (("metrics.jsonl", metrics), ("answers.jsonl", answers), ("run.json", [run])):
+        (temporary / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    if out.exists():                            # --overwrite
+        shutil.rmtree(out)
+    os.replace(temporary, out)
     print(f"saved {config.out}")
     return result
 

@@ -67,7 +67,7 @@ def test_kl_equals_torch(student_teacher, rows, direction, scope, tau):
         supervised += len(ids) - prompt
     assert terms["kl"] == pytest.approx(float(kl / n), rel=1e-4)
     assert terms["ce"] == pytest.approx(float(ce / supervised), rel=1e-4)
-    assert float(loss) == pytest.approx(float(ce / supervised + 3.0 * tau ** 2 * kl / n), rel=1e-4)
+    assert loss.item() == pytest.approx(float(ce / supervised + 3.0 * tau ** 2 * kl / n), rel=1e-4)
 
 
 def test_kl_by_hand(monkeypatch):
