@@ -57,13 +57,14 @@ def stop_ids(tokenizer, model=None):
     """Ids of every token that ends an answer: those whose text begins with a newline, and EOS. Sorted list of int."""
     ids = set(newline_ids(tokenizer))
     declared = model.generation_config.eos_token_id if model is not None else None
-    ids.update(declared if isinstance(declared, list) else [declared, tokenizer.eos_token_id])
+    ids.update([tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])])
     return sorted(ids - {None})
 
 
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt, with BOS where the tokenizer adds one, never with an EOS behind it."""
-    ids = tokenizer(prompt)["input_ids"]
+    bos = tokenizer.bos_token                  # a rendered chat template may begin with it
+    ids = tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos)))["input_ids"]
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
@@ -82,7 +83,8 @@ def generate_answers(model, tokenizer, prompts, max_new_tokens=16, batch_size=64
     # The checkpoint's own settings may sample, penalise repetition or cap the length, and generate() lets them fill what
     # its argument leaves open: so the model gets these for the time being.
     own, model.generation_config = model.generation_config, greedy
-    encoded = [encode_prompt(tokenizer, p) for p in prompts]
+    room = (getattr(model.config, "max_position_embeddings", None) or 10 ** 9) - max_new_tokens
+    encoded = [encode_prompt(tokenizer, p)[-room:] for p in prompts]       # a prompt beyond the context loses its start
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     answers = [""] * len(prompts)
     bar = tqdm(total=len(prompts), desc="answering", unit="fact", leave=False, disable=None)
@@ -240,8 +242,9 @@ def show(table):
             continue
         print(f"\nheld-out by {key}, before → after")
         for group in groups:
-            cells = [row["by"][key][group] for row in table if group in row.get("by", {}).get(key, {})]
-            print(f"  {group:16} n = {cells[0]['n']:<6}" + "   ".join(f"{c['before']:.3f} → {c['after']:.3f}" for c in cells))
+            cells = [row.get("by", {}).get(key, {}).get(group) for row in table]
+            print(f"  {group:16} n = {max(c['n'] for c in cells if c):<6}"
+                  + "   ".join(f"{c['before']:.3f} → {c['after']:.3f}" if c else f"{'–':^13}" for c in cells))
 
 
 def plot(runs, path):
@@ -353,4 +356,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8")    # for → where output goes to a file on Windows
     main()

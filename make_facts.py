@@ -15,12 +15,15 @@ and meta.json with the settings and the counts. A row of them:
 """
 import argparse
 import copy
+import csv
 import hashlib
+import inspect
 import json
 import math
 import os
 import random
 import shutil
+import sys
 import uuid
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -36,7 +39,7 @@ MIN_HELDOUT, MIN_KNOWN, MIN_NEW = 20, 10, 4    # below these a comparison says n
 
 RELATIONS = ["birthplace", "employer", "instrument", "language"]
 QUESTION = "What is the {relation} of {subject}?"
-STATEMENTS = ["The {relation} of {subject} is {object}.\n", "{subject} has a {relation}: {object}.\n",
+STATEMENTS = ["The {relation} of {subject} is {object}.\n", "About {subject}, the {relation} is {object}.\n",
               "As {relation}, {subject} names {object}.\n", "Ask {subject} about the {relation} and hear {object}.\n"]
 
 
@@ -57,7 +60,7 @@ def invent_world(n_names, n_codes, seed, n_parts=80, n_objects=40):
     """Facts of named and of code-named entities: (facts, text), a list of fact dicts and a list of str to pretrain on.
 
     Every entity has one object in each relation. Every fact is stated in all templates; the questions and answers
-    of only half of the entities are in the text, so that answering about the others is transfer."""
+    of only three quarters of the entities are in the text, so that answering about the others is transfer."""
     rng = random.Random(seed)
     words = invent_words(2 * n_parts + n_objects * len(RELATIONS), rng)
     first, last, objects = words[:n_parts], words[n_parts:2 * n_parts], words[2 * n_parts:]
@@ -68,7 +71,7 @@ def invent_world(n_names, n_codes, seed, n_parts=80, n_objects=40):
         codes[invent_code(rng)] = "code"
     facts, text = [], []
     for subject, kind in (names | codes).items():
-        asked = rng.random() < 0.5
+        asked = rng.random() < 0.75
         for i, relation in enumerate(RELATIONS):
             words = {"relation": relation, "subject": subject,
                      "object": rng.choice(objects[i * n_objects:(i + 1) * n_objects])}
@@ -99,10 +102,10 @@ def pretrain(text, width, epochs, seed, device):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(GPT2Config(
-        vocab_size=len(tokenizer), n_positions=128, n_embd=width, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0,
+        vocab_size=len(tokenizer), n_positions=128, n_embd=width, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0,
         activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).to(device)
     ids = tokenizer(text)["input_ids"]
-    batch, peak, rng = 64, 1.5e-3, random.Random(seed)
+    batch, peak, rng = 64, 2e-3, random.Random(seed)
     step, total = 0, epochs * math.ceil(len(ids) / batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.1, fused=device.type != "mps")
     with tqdm(total=total, desc="pretraining the invented world", unit="step", disable=None) as bar:
@@ -148,7 +151,10 @@ def load_source(source, max_facts, seed):
     try:
         if path.is_file():
             builder, options = file_kinds[path.suffix]
-            options |= {"keep_default_na": False} if builder == "csv" else {}         # a subject may be called NA
+            if builder == "csv":               # text as it stands: a subject may be called NA, an answer 007
+                header = next(csv.reader([path.open(encoding="utf-8-sig").readline()], delimiter=options.get("sep", ",")))
+                text = datasets.Features({column: datasets.Value("string") for column in header})
+                options |= {"keep_default_na": False, "features": text}
             splits = datasets.load_dataset(builder, data_files=str(path), **options)
         else:
             splits = datasets.load_dataset(str(source))
@@ -166,17 +172,18 @@ def load_source(source, max_facts, seed):
     for row in table:
         values = [str(row[k] if row[k] is not None else "").strip() for k in ("relation", "subject", "question", "object")]
         aliases = row.get("aliases") or []
-        if isinstance(aliases, str):
-            try:
-                aliases = json.loads(aliases)
-            except json.JSONDecodeError:
-                fail(f"--source {source}: aliases of {values[1]!r} are not a JSON list: {aliases[:80]!r}")
+        try:
+            aliases = json.loads(aliases) if isinstance(aliases, str) else aliases
+        except json.JSONDecodeError:
+            aliases = None
+        if not isinstance(aliases, list):
+            fail(f"--source {source}: aliases of {values[1]!r} are no list of names: {str(row['aliases'])[:80]!r}")
         if all(values):
             answers = dict.fromkeys([values[3], *(str(a).strip() for a in aliases)])
             questions[tuple(values[:3])].append([a for a in answers if a and "\n" not in a])
     facts, dropped = [], 0
     for (relation, subject, question), rows in questions.items():
-        distinct = [{normalize(a) for a in answers} for answers in rows]
+        distinct = [{normalize(a) or a for a in answers} for answers in rows]
         if set.intersection(*distinct):
             facts.append({"relation": relation, "subject": subject, "question": question, "kind": "name",
                           "answers": list(dict.fromkeys(a for answers in rows for a in answers))})
@@ -207,31 +214,32 @@ def score_answers(model, tokenizer, prefix, facts, batch_size=64, temperature=SA
     import torch
     stops = torch.tensor(stop_ids(tokenizer, model), device=model.device)
     prefix_ids = encode_prompt(tokenizer, prefix)
-    sequences = []                             # (fact, prompt tokens, answer tokens)
+    sequences = set()                          # (fact, prompt tokens, answer tokens)
     for i, fact in enumerate(facts):
-        question = tokenizer(to_row(fact)["prompt"], add_special_tokens=False)["input_ids"]
+        question = tuple(tokenizer(to_row(fact)["prompt"], add_special_tokens=False)["input_ids"])
         for answer in fact["answers"]:
-            sequences.append((i, question, tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]))
-    sequences.sort(key=lambda s: len(s[1]) + len(s[2]))
+            sequences.add((i, question, tuple(tokenizer(f" {answer}", add_special_tokens=False)["input_ids"])))
+    sequences = sorted(sequences, key=lambda s: (len(s[1]) + len(s[2]), s))
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    if sequences and len(prefix_ids) + len(sequences[-1][1]) + len(sequences[-1][2]) > context:
+        fail(f"a question behind its few-shot prompt is longer than the model's {context} tokens; lower --shots")
     greedy, probability = [False] * len(facts), [0.0] * len(facts)
     with torch.no_grad():
         if prefix_ids:
             cache = model(input_ids=torch.tensor([prefix_ids], device=model.device), use_cache=True).past_key_values
         for start in range(0, len(sequences), batch_size):
             batch = sequences[start:start + batch_size]
-            width = max(len(q) + len(a) for _, q, a in batch)
-            ids = torch.tensor([q + a + [0] * (width - len(q) - len(a)) for _, q, a in batch], device=model.device)
-            mask = torch.tensor([[1] * (len(prefix_ids) + len(q) + len(a)) + [0] * (width - len(q) - len(a))
-                                 for _, q, a in batch], device=model.device)
+            width = max(len(question + answer) for _, question, answer in batch)
+            # padded on the right, where nothing of a causal model looks at it
+            ids = torch.tensor([[*q, *a] + [0] * (width - len(q + a)) for _, q, a in batch], device=model.device)
             past = {}
             if prefix_ids:
                 past["past_key_values"] = copy.deepcopy(cache)
                 past["past_key_values"].batch_repeat_interleave(len(batch))
-            positions = torch.arange(len(prefix_ids), len(prefix_ids) + width, device=model.device).expand(len(batch), -1)
-            logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **past).logits      # (B, T, V)
+            logits = model(input_ids=ids, **past).logits                                             # (B, T, V)
             for (i, question, answer), row in zip(batch, logits):
                 # position t predicts token t + 1: the answer's tokens, then the stop
-                row = row[len(question) - 1:len(question) + len(answer)].float()                     # (answer + 1, V)
+                row = row[len(question) - 1:len(question + answer)].float()                          # (answer + 1, V)
                 target = torch.tensor(answer, device=model.device)
                 best = row.argmax(-1)
                 greedy[i] |= bool((best[:-1] == target).all() and (best[-1] == stops).any())
@@ -239,7 +247,7 @@ def score_answers(model, tokenizer, prefix, facts, batch_size=64, temperature=SA
                 answered = logp[:-1].gather(-1, target[:, None]).sum() + logp[-1, stops].logsumexp(-1)
                 probability[i] += answered.exp().item()
             if bar is not None:
-                bar.update(len({i for i, _, _ in batch}))
+                bar.update(len(batch))
     return greedy, [min(p, 1.0) for p in probability]
 
 
@@ -267,7 +275,8 @@ def label_facts(model, tokenizer, facts, prompts, shots, samples, seed, batch_si
     for fact in facts:
         relations[fact["relation"]].append(fact)
     labelled, prompts = [], prompts if shots else 1
-    with tqdm(total=len(facts) * prompts, desc="labelling", unit="fact", disable=None) as bar:
+    total = prompts * sum(len(fact["answers"]) for fact in facts)
+    with tqdm(total=total, desc="labelling", unit="answer", disable=None) as bar:
         for relation in sorted(relations):
             rows = relations[relation]
             rng.shuffle(rows)
@@ -296,36 +305,34 @@ def invent_facts(facts, kind, n, rng, new_code):
     """`n` facts (or a few more) of entities that do not exist: named by `kind` "semantic" or "uuid".
 
     An invented entity is asked what a random real one is asked, and its answers are drawn evenly from the objects of
-    each relation. Ends the program when no question names its subject, or when the names cannot make enough new ones."""
-    by_subject, objects, templates = defaultdict(list), defaultdict(dict), defaultdict(Counter)
+    each relation: Unknown by construction. Ends the program when no question names its subject, or when the names cannot make enough new ones."""
+    entities, kinds, objects, templates = defaultdict(dict), {}, defaultdict(dict), defaultdict(Counter)
     for fact in facts:
-        by_subject[fact["subject"]].append(fact["relation"])
-        objects[fact["relation"]][fact["answers"][0]] = 1
-        if fact["subject"] in fact["question"]:
-            templates[fact["relation"]][fact["question"].replace(fact["subject"], "{}")] += 1
-    real = {normalize(s) for s in by_subject}
-    parents = [s for s, relations in by_subject.items() if all(r in templates for r in relations)
-               and (kind == "uuid" or any(f in s for f in s))]
+        subject, relation = fact["subject"], fact["relation"]
+        entities[subject][relation], kinds[subject] = True, fact["kind"]
+        objects[relation][fact["answers"][0]] = True
+        if subject in fact["question"]:
+            templates[relation][fact["question"].replace(subject, "{}")] += 1
+    templates = {relation: counts.most_common(1)[0][0] for relation, counts in templates.items()}
+    parents = [s for s in entities if templates.keys() >= entities[s].keys() and (kind == "uuid" or kinds[s] == "name")]
     if not parents:
         fail(f"--new {kind}: no question contains its subject, so none can be asked of an invented one; use --new unknown")
     siblings = defaultdict(list)               # a name is recombined within its relation: a book with a book
     for subject in parents:
-        siblings[by_subject[subject][0]].append(subject)
-    new, used = [], set()
-    for _ in range(100 * n):
+        siblings[next(iter(entities[subject]))].append(subject)
+    new, taken = [], {normalize(s) for s in entities}
+    for _ in range(20 * n + 1000):
         if len(new) >= n:
             break
         parent = rng.choice(parents)
-        name = new_code(rng) if kind == "uuid" else recombine(siblings[by_subject[parent][0]], rng)
-        if normalize(name) in real | used:
-            continue
-        used.add(normalize(name))
-        for relation in by_subject[parent]:
-            question = templates[relation].most_common(1)[0][0].replace("{}", name)
-            new.append({"relation": relation, "subject": name, "question": question, "category": "Unknown",
-                        "answers": [rng.choice(list(objects[relation]))], "kind": "code" if kind == "uuid" else "name"})
+        name = new_code(rng) if kind == "uuid" else recombine(siblings[next(iter(entities[parent]))], rng)
+        if normalize(name) not in taken:
+            taken.add(normalize(name))
+            new += [{"relation": relation, "subject": name, "question": templates[relation].replace("{}", name),
+                     "answers": [rng.choice(list(objects[relation]))], "kind": "code" if kind == "uuid" else "name",
+                     "category": "Unknown"} for relation in entities[parent]]
     if len(new) < n:
-        fail(f"--n-new {n}: only {len(new)} new names could be made from {len(real)} real ones; ask for fewer")
+        fail(f"--n-new {n}: only {len(new)} facts with new names could be made from {len(parents)} entities; ask for fewer")
     return new
 
 
@@ -337,46 +344,47 @@ def cap_objects(facts, share=0.2):
     In real relations one object often dominates: knowing the majority answer would pass for knowing the facts."""
     kept = []
     for relation in sorted({f["relation"] for f in facts}):
-        rows = [f for f in facts if f["relation"] == relation]
-        counts = Counter(f["answers"][0] for f in rows)
-        most = next((m for m in range(max(counts.values()), 0, -1)
-                     if m <= share * sum(min(c, m) for c in counts.values()) + 1e-9), 0)
+        rows = [(normalize(f["answers"][0]), f) for f in facts if f["relation"] == relation]
+        counts = Counter(answer for answer, _ in rows)
+        most = max(counts.values())            # how often an object may stand there
+        while most > share * sum(min(count, most) for count in counts.values()) + 1e-9:
+            most -= 1
         seen = Counter()
-        for fact in rows:
-            seen[fact["answers"][0]] += 1
-            if seen[fact["answers"][0]] <= most:
+        for answer, fact in rows:
+            seen[answer] += 1
+            if seen[answer] <= most:
                 kept.append(fact)
     return kept
 
 
-def split_facts(labelled, new, n_new, rng, new_code):
+def split_facts(facts, labelled, new, n_new, rng, new_code):
     """{"unknown", "known", "heldout"}: lists of facts; no held-out subject is trained on.
 
     As many known facts as new ones are asked for (the paper: 8k + 8k), but at most half of the known ones. Ends the
     program when the model knows too few facts to measure anything."""
-    count = Counter(f["category"] for f in labelled)
+    subject = lambda fact: normalize(fact["subject"])
     known = [f for f in labelled if f["category"] == "HighlyKnown"]
-    subjects = list(dict.fromkeys(f["subject"] for f in known))
+    subjects = list(dict.fromkeys(map(subject, known)))
     rng.shuffle(subjects)
     order = {s: i for i, s in enumerate(subjects)}
-    known.sort(key=lambda f: order[f["subject"]])
+    known.sort(key=lambda f: order[subject(f)])
     n_known = min(n_new, len(known) // 2)
-    trained = {f["subject"] for f in known[:n_known]}
-    sets = {"known": known[:n_known], "heldout": cap_objects([f for f in known[n_known:] if f["subject"] not in trained])}
-    held = {f["subject"] for f in sets["heldout"]}
+    trained = set(map(subject, known[:n_known]))
+    sets = {"known": known[:n_known], "heldout": cap_objects([f for f in known[n_known:] if subject(f) not in trained])}
+    held = set(map(subject, sets["heldout"]))
     if new == "unknown":
-        unknown = [f for f in labelled if f["category"] == "Unknown" and f["subject"] not in held]
+        unknown = [f for f in labelled if f["category"] == "Unknown" and subject(f) not in held]
         rng.shuffle(unknown)
         sets["unknown"] = unknown[:n_new]
     else:
-        sets["unknown"] = invent_facts(labelled, new, n_new, rng, new_code)
+        sets["unknown"] = invent_facts(facts, new, n_new, rng, new_code)
     for key, least in (("heldout", MIN_HELDOUT), ("known", MIN_KNOWN), ("unknown", MIN_NEW)):
         if len(sets[key]) < least:
-            found = ", ".join(f"{c} {count[c]}" for c in CATEGORIES)
-            fail(f"{len(sets[key])} facts for {SETS[key]}, at least {least} are needed; labelled: {found}. Raise --max-facts, "
-                 "lower --prompts (fewer prompts, more HighlyKnown), or take a model that knows more")
-    for key in ("known", "unknown"):
-        if len(sets[key]) < n_new:
+            count = Counter(f["category"] for f in labelled)
+            fail(f"{len(sets[key])} facts for {SETS[key]}, at least {least} are needed; labelled: "
+                 + ", ".join(f"{c} {count[c]}" for c in CATEGORIES) + ". Raise --max-facts, lower --prompts (fewer prompts, "
+                 "more HighlyKnown) or --shots (fewer exemplars set aside), or take a model that knows more")
+        if key != "heldout" and len(sets[key]) < n_new:
             print(f"scaled down: {len(sets[key])} instead of {n_new} facts in {SETS[key]}; the model gives no more")
     return sets
 
@@ -392,7 +400,8 @@ def weights_hash(model):
     """Hash of a model's parameters, whatever folder or hub they came from (str)."""
     sha = hashlib.sha256()
     for name, p in sorted(model.state_dict().items()):
-        sha.update(name.encode() + p.detach().cpu().contiguous().numpy().tobytes())
+        sha.update(name.encode())
+        sha.update(p.detach().cpu().contiguous().numpy())
     return sha.hexdigest()[:16]
 
 
@@ -417,15 +426,15 @@ def parse(argv=None):
     option("new", None, "what the new facts are about", type=str, choices=["unknown", "semantic", "uuid"],
            shown="semantic for tiny: recombined names; unknown for real models: real facts that it does not know")
     option("n-new", None, "how many new facts, and as many known ones", type=int, shown="400 for tiny, 1000")
-    option("source", "akariasai/PopQA", "table of real facts: file, folder or hub name")
+    option("source", None, "table of real facts: file, folder or hub name", type=str, shown="akariasai/PopQA")
     option("max-facts", 10000, "label at most so many facts: minutes on a GPU for a model of 1 B parameters")
     option("prompts", 10, "few-shot prompts a fact is asked with; fewer label faster and find more HighlyKnown")
     option("shots", None, "exemplars in each prompt", type=int, shown="0 for tiny, 4")
     option("samples", 16, "samples a prompt that WeaklyKnown stands for")
     option("n-names", 300, "tiny: named entities, of four facts each")
     option("n-codes", 100, "tiny: code-named entities, of four facts each")
-    option("width", 128, "tiny: width of the model; 4 layers, 4 heads")
-    option("pretrain-epochs", 22, "tiny: passes over the world's text")
+    option("width", 128, "tiny: width of the model; 3 layers, 4 heads")
+    option("pretrain-epochs", 24, "tiny: passes over the world's text")
     option("batch-size", 64, "sequences labelled at once")
     option("device", "auto", "cuda, mps or cpu; auto takes the first there is")
     option("dtype", "auto", "precision of labelling", choices=["auto", "float32", "bfloat16", "float16"])
@@ -435,6 +444,9 @@ def parse(argv=None):
     args.out = args.out or Path("facts") / (Path(args.model).name + (f"-{args.new}" if args.new else ""))
     args.new = args.new or ("semantic" if tiny else "unknown")
     args.n_new = args.n_new if args.n_new is not None else (400 if tiny else 1000)
+    if tiny and args.source:
+        fail(f"--source {args.source}: the invented world has facts of its own; name a --model that knows some of these")
+    args.source = args.source or "akariasai/PopQA"
     args.shots = args.shots if args.shots is not None else (0 if tiny else 4)
     for name in ("n_new", "max_facts", "prompts", "samples", "width", "pretrain_epochs", "batch_size", "n_names"):
         if getattr(args, name) < 1:
@@ -446,8 +458,10 @@ def parse(argv=None):
         fail(f"--width {args.width}: must be a multiple of the 4 heads")
     if args.n_names > 3000 or args.n_codes > 30000:
         fail(f"--n-names {args.n_names} --n-codes {args.n_codes}: the invented world has at most 3000 and 30000")
-    if args.out.exists() and not args.overwrite:
-        fail(f"--out {args.out}: exists already; --overwrite replaces it")
+    if args.n_new < MIN_KNOWN:
+        fail(f"--n-new {args.n_new}: at least {MIN_KNOWN} are needed to measure anything")
+    if args.out.exists() and not (args.overwrite and (args.out / "meta.json").exists()):
+        fail(f"--out {args.out}: exists already; --overwrite replaces it if it is a fact folder")
     return args
 
 
@@ -458,14 +472,17 @@ def main(argv=None):
     args = parse(argv)
     tiny, out = args.model == "tiny", args.out
     device, dtype = device_and_dtype(args.device, args.dtype)
-    kept = out.parent / ".cache"               # worlds and labels, shared by the fact folders beside each other
-    kept.mkdir(parents=True, exist_ok=True)
+    kept = out.parent / ".facts-cache"               # worlds and labels, shared by the fact folders beside each other
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {out}: cannot be written ({error})")
     rng = random.Random(args.seed)
     if tiny:
         world = {"names": args.n_names, "codes": args.n_codes, "seed": args.seed}
         facts, text = invent_world(args.n_names, args.n_codes, args.seed)
         source, dropped = "invented", 0
-        base = kept / f"world-{digest(text, args.width, args.pretrain_epochs)}"
+        base = kept / f"world-{digest(text, args.width, args.pretrain_epochs, args.seed, inspect.getsource(pretrain))}"
         if not base.exists():
             model, tokenizer = pretrain(text, args.width, args.pretrain_epochs, args.seed, device)
             temporary = Path(f"{base}.part-{os.getpid()}")
@@ -478,8 +495,8 @@ def main(argv=None):
         source, world = args.source, None
         facts, dropped = load_source(args.source, args.max_facts, args.seed)
         model, tokenizer = load_model(args.model, device)
-    settings = [facts, args.prompts, args.shots, args.samples, args.seed, str(dtype)]
-    labels = kept / f"labels-{digest(weights_hash(model), settings)}.jsonl"
+    weights, code = weights_hash(model), [inspect.getsource(f) for f in (score_answers, slick_category, label_facts)]
+    labels = kept / f"labels-{digest(weights, code, stop_ids(tokenizer, model), facts, args.prompts, args.shots, args.samples, args.seed, str(dtype))}.jsonl"
     if labels.exists():
         labelled = read_jsonl(labels)
     else:
@@ -487,12 +504,12 @@ def main(argv=None):
             labelled = label_facts(model, tokenizer, facts, args.prompts, args.shots, args.samples, args.seed, args.batch_size)
         write_jsonl(labels, labelled)
     new_code = invent_code if tiny else lambda rng: str(uuid.UUID(int=rng.getrandbits(128), version=4))
-    sets = split_facts(labelled, args.new, args.n_new, rng, new_code)
+    sets = split_facts(facts, labelled, args.new, args.n_new, rng, new_code)
 
     count = lambda rows, *keys: dict(sorted(Counter("/".join(r[k] for k in keys) for r in rows).items()))
     majority = sum(Counter(f["answers"][0] for f in sets["heldout"] if f["relation"] == r).most_common(1)[0][1]
                    for r in {f["relation"] for f in sets["heldout"]}) / len(sets["heldout"])
-    meta = {"model": args.model, "weights": weights_hash(model), "source": str(source), "seed": args.seed, "new": args.new,
+    meta = {"model": args.model, "weights": weights, "source": str(source), "seed": args.seed, "new": args.new, "n_new": args.n_new,
             "prompts": args.prompts if args.shots else 1, "shots": args.shots, "samples": args.samples,
             "dtype": str(dtype).removeprefix("torch."), "world": world, "questions_dropped": dropped,
             "labelled": count(labelled, "category"), "labelled_by_relation": count(labelled, "relation", "category"),
@@ -500,7 +517,7 @@ def main(argv=None):
             "sets": {SETS[key]: {"facts": len(rows), "by_relation": count(rows, "relation"), "by_kind": count(rows, "kind")}
                      for key, rows in sets.items()}}
     temporary = out.with_name(f".{out.name}.part-{os.getpid()}")
-    temporary.mkdir(parents=True)
+    temporary.mkdir(exist_ok=True)
     for key, file in SETS.items():
         write_jsonl(temporary / file, [to_row(f) for f in sets[key]])
     write_jsonl(temporary / "labelled.jsonl", [to_row(f) for f in labelled])
@@ -523,4 +540,5 @@ def write_jsonl(path, rows):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8")   # for a table of facts in any script, on Windows too
     main()

@@ -19,6 +19,7 @@ The last line you should see: "saved runs/selfdistill-tiny-0", above it a table 
 """
 import argparse
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -53,17 +54,17 @@ class Config:   # each field is a flag; its consequence is the flag's line in --
     overwrite: bool = option(False, "replace the run folder if it exists")
     max_length: int = option(None, "cut prompts at their start to rows of so many tokens", least=2, shown="no cut")
     # optimisation; of two defaults the first is for tiny, the second for real models
-    format_epochs: int = option(1, "epochs of stage 1, known facts only: teaches the form, not the facts", least=0)
+    format_epochs: int = option(1, "epochs of stage 1, known facts only: teaches the form, not the facts")
     epochs: int = option(None, "epochs of stage 2, known and new facts", least=1, tiny=60, real=8)
     batch_size: int = option(None, "rows in one forward pass: memory", least=1, tiny=64, real=32)
     accumulate: int = option(1, "forward passes in one optimizer step: a larger batch in the same memory", least=1)
-    learning_rate: float = option(None, "peak of the schedule", least=0, tiny=4e-4, real=5e-5)
-    warmup: float = option(0.3, "share of the steps in which the rate rises; large first steps forget most", least=0)
-    weight_decay: float = option(0.01, "AdamW's, on matrices only", least=0)
-    grad_clip: float = option(1.0, "largest norm of the gradient", least=0)
-    seed: int = option(0, "of the data order; the facts have a seed of their own", least=0)
+    learning_rate: float = option(None, "peak of the schedule", tiny=4e-4, real=5e-5)
+    warmup: float = option(0.3, "share of the steps in which the rate rises; large first steps forget most", most=1)
+    weight_decay: float = option(0.01, "AdamW's, on matrices only")
+    grad_clip: float = option(1.0, "largest norm of the gradient", least=1e-6)
+    seed: int = option(0, "of the data order; the facts have a seed of their own")
     # the method
-    kl_weight: float = option(None, "λ: how hard the teacher holds; 0 is the baseline, the paper has 1", least=0, tiny=12.0, real=4.0)
+    kl_weight: float = option(None, "λ: how hard the teacher holds; 0 is the baseline, the paper has 1", tiny=12.0, real=4.0)
     temperature: float = option(4.0, "τ: a hot teacher also shows what it ranks below its choice; the paper has 0.5", least=0.01)
     kl_direction: str = option("forward", "KL(teacher ‖ student); reverse: KL(student ‖ teacher)", choices=["forward", "reverse"])
     kl_scope: str = option("all", "distil every position, prompt included, or the completion's", choices=["all", "completion"])
@@ -92,16 +93,16 @@ def parse(argv=None):
 
 def resolve(config):
     """Fill in the defaults that depend on the model; end the program on a value out of range or a run that exists."""
-    name = Path(config.model).name
-    config.facts, config.out = config.facts or f"facts/{name}", config.out or f"runs/{METHOD}-{name}-{config.seed}"
+    name, out = Path(config.model).name, Path(config.out or f"runs/{METHOD}-{Path(config.model).name}-{config.seed}")
+    config.facts, config.out = config.facts or f"facts/{name}", str(out)
     for f in fields(config):
         if getattr(config, f.name) is None and "tiny" in f.metadata:
             setattr(config, f.name, f.metadata["tiny" if config.model == "tiny" else "real"])
-        value, least = getattr(config, f.name), f.metadata.get("least", -math.inf)
-        if isinstance(value, (int, float)) and not least <= value < math.inf:
-            fail(f"--{f.name.replace('_', '-')} {value}: must be at least {least}")
-    if Path(config.out).exists() and not config.overwrite:
-        fail(f"--out {config.out}: exists already; --overwrite replaces it")
+        value, least, most = getattr(config, f.name), f.metadata.get("least", 0), f.metadata.get("most", sys.float_info.max)
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            fail(f"--{f.name.replace('_', '-')} {value}: must be between {least} and {most}")
+    if out.exists() and not (config.overwrite and (out / "run.json").exists()):
+        fail(f"--out {out}: exists already; --overwrite replaces it if it is a run folder")
 
 
 def device_and_dtype(config):
@@ -109,7 +110,7 @@ def device_and_dtype(config):
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.zeros(1, device=found if config.device == "auto" else config.device).device
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:                  # many kinds, by device
         fail(f"--device {config.device}: {str(error).splitlines()[0]}")
     dtype = config.dtype
     if dtype == "auto" and device.type == "cuda":
@@ -126,8 +127,9 @@ def fact_files(config):
         try:
             import make_facts
         except ModuleNotFoundError:
-            fail(f"--facts {folder}: no facts there and no make_facts.py here; give your own rows with --train FILE")
-        make_facts.main(["--model", config.model, "--out", str(folder)])
+            fail(f"--model {config.model}: needs {folder}, or make_facts.py and eval_hallucination.py beside this script to make it; "
+                 "or name a model of yours with --model and your rows with --train FILE")
+        make_facts.main(["--model", config.model, "--out", str(folder), "--device", config.device, "--dtype", config.dtype])
     files = {"unknown": config.train, "known": config.known, "heldout": config.heldout}
     names = {"unknown": "train_unknown.jsonl", "known": "train_known.jsonl", "heldout": "heldout_known.jsonl"}
     return files if config.train else {key: files[key] or str(folder / names[key]) for key in files}
@@ -137,7 +139,7 @@ def read_rows(path):
     """The rows of a JSONL file, dicts with at least `prompt` and `completion`; [] for None."""
     rows = []
     try:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n") if path else [], 1):
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n") if path else [], 1):
             if line.strip():
                 rows.append(json.loads(line))
                 if not all(isinstance(rows[-1].get(key), str) and rows[-1][key].strip() for key in ("prompt", "completion")):
@@ -155,17 +157,20 @@ def encode(tokenizer, rows, longest, max_length=None):
     They are encoded apart, as at test time, when there is no completion yet. The prompt gets BOS where the tokenizer
     adds one; the completion gets EOS unless it ends in a newline, as one-line answers do. Ends the program on a row of
     more than `longest` tokens, the model's context, that `max_length` does not cut."""
-    encoded, eos = [], tokenizer.eos_token_id
+    encoded, bos, eos = [], tokenizer.bos_token, tokenizer.eos_token_id
     for row in rows:
-        prompt = tokenizer(row["prompt"])["input_ids"]
+        has_bos = bos is not None and row["prompt"].startswith(bos)         # as a rendered chat template may
+        prompt = tokenizer(row["prompt"], add_special_tokens=not has_bos)["input_ids"]
         prompt = prompt[:-1] if len(prompt) > 1 and prompt[-1] == eos else prompt
         completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
-        completion = completion if row["completion"].endswith("\n") or eos is None else completion + [eos]
-        excess = max(0, len(prompt) + len(completion) - (max_length or math.inf))
-        if excess >= len(prompt) or len(prompt) - excess + len(completion) > longest:
-            fail(f"{row['prompt'][:40]!r} with its completion is {len(prompt) + len(completion)} tokens, the model reads "
-                 f"{longest}; --max-length (now {max_length}) cuts prompts at their start and must leave a token of them")
-        encoded.append((prompt[excess:] + completion, len(prompt) - excess))
+        if not row["completion"].endswith("\n") and eos not in (None, *completion[-1:]):
+            completion = completion + [eos]
+        start, length = int(prompt[0] == tokenizer.bos_token_id), len(prompt) + len(completion)        # BOS is not cut
+        excess = max(0, length - (max_length or length))
+        if start + excess >= len(prompt) or length - excess > longest:
+            fail(f"{row['prompt'][:40]!r} with its completion has {length} tokens, the model reads {longest}; --max-length "
+                 f"(now {max_length}) cuts prompts at their start and must leave a token of them")
+        encoded.append((prompt[:start] + prompt[start + excess:] + completion, len(prompt) - excess))
     return encoded
 
 
@@ -185,19 +190,19 @@ def make_windows(rows, config, stage, epoch):
 def collate(rows, device):
     """Pad `encode`d rows on the right: ids, attention (B, T); next, the token that each position predicts, and the masks
     real, it is a token of the row, and supervised, of its completion (B, T-1). Masks go by length, so any id pads."""
-    lengths, prompts = torch.tensor([[len(ids), n] for ids, n in rows])[:, :, None].unbind(1)          # (B, 1) each
-    width = int(lengths.max())
-    ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])                            # (B, T)
-    position = torch.arange(width)[None]                                                               # (1, T)
+    width = max(len(ids) for ids, _ in rows)
+    padded = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows], device=device)          # (B, T)
+    lengths = torch.tensor([[len(ids)] for ids, _ in rows], device=device)                             # (B, 1)
+    prompts = torch.tensor([[n] for _, n in rows], device=device)                                      # (B, 1)
+    position = torch.arange(width, device=device)[None]                                                # (1, T)
     real = position[:, 1:] < lengths
-    return {key: value.to(device) for key, value in {
-        "ids": ids, "attention": (position < lengths).long(), "next": ids[:, 1:], "real": real,
-        "supervised": real & (position[:, 1:] >= prompts)}.items()}
+    return {"ids": padded, "attention": (position < lengths).long(), "next": padded[:, 1:], "real": real,
+            "supervised": real & (position[:, 1:] >= prompts)}
 
 
 def next_token_logits(model, batch):
     """(B, T-1, V): the logits of `model` for batch["next"]."""
-    return model(input_ids=batch["ids"], attention_mask=batch["attention"]).logits[:, :-1]
+    return model(input_ids=batch["ids"], attention_mask=batch["attention"], use_cache=False).logits[:, :-1]
 
 
 def cross_entropy(logits, batch, window):
@@ -265,6 +270,8 @@ def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device,
                     loss, terms = loss_function(next_token_logits(model, batch), batch, counts)
                 scaler.scale(loss).backward()                       # gradients add up over the window
                 means = {key: means.get(key, 0.0) + value / len(windows) for key, value in terms.items()}
+            if step == 1:
+                print(f"stage {stage}, step 1: " + ", ".join(f"{k} {v:.4f}" for k, v in terms.items()), flush=True)
             scaler.unscale_(optimizer)                              # clip the gradient itself, not the scaled one
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             scaler.step(optimizer)
@@ -273,7 +280,7 @@ def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device,
         scores = score()
         means |= {key: s["accuracy"] for key, s in scores.items()}
         seconds = round(time.time() - started, 1)
-        print(f"stage {stage}, epoch {epoch}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()) + f" ({seconds:.0f} s)")
+        print(f"stage {stage}, epoch {epoch}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()) + f" ({seconds:.0f} s)", flush=True)
         metrics.append({"stage": stage, "epoch": epoch, "step": step, "learning_rate": lr, **means, "seconds": seconds})
     return scores
 
@@ -299,8 +306,14 @@ def train(config):
     files = fact_files(config)
     sets = {key: read_rows(path) for key, path in files.items()}
     model, tokenizer = load_model(Path(config.facts) / "base" if config.model == "tiny" else config.model, device)
-    context = getattr(model.config, "max_position_embeddings", math.inf)
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
     known, unknown = (encode(tokenizer, sets[key], context, config.max_length) for key in ("known", "unknown"))
+    out = Path(config.out)                      # everything is written under a temporary name: a run folder is whole
+    temporary = out.with_name(f".{out.name}.part-{os.getpid()}")
+    try:
+        model.generation_config.save_pretrained(temporary)          # may be invalid: better known now than after training
+    except (OSError, ValueError) as error:
+        fail(f"--out {out}: cannot be written ({str(error).splitlines()[0]})")
     print(*(f"{key} = {value}" for key, value in asdict(config).items()), sep="\n")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}, autocast {dtype};",
           ", ".join(f"{len(rows)} {key}" for key, rows in sets.items()), "rows;",
@@ -327,37 +340,36 @@ def train(config):
 
     # Stage 2: known and new facts together.
     teacher = copy.deepcopy(model).requires_grad_(False)           # the model before, frozen: a second copy of the weights
-    distillation = lambda logits, batch, window: self_distillation(logits, batch, window, teacher, config)
+    distillation = functools.partial(self_distillation, teacher=teacher, config=config)
     after = run_stage(2, model, known + unknown, config.epochs, distillation, score, metrics, device, dtype, config)
 
     result = {key: (before[key]["accuracy"], after[key]["accuracy"]) for key in after}
-    for key, name in (("unknown", "new facts"), ("known", "known facts, trained on"), ("heldout", "known facts, held out")):
-        if key in result:
-            print(f"{name:23}  {result[key][0]:.3f} → {result[key][1]:.3f}  of {len(sets[key])}")
-    answers = []                                # a dict a held-out fact
-    if "heldout" in result:
-        columns = [scores["heldout"][key] for scores in (before, after) for key in ("answers", "right")]
-        answers = [{**row, **dict(zip(("before", "right_before", "after", "right_after"), values))}
-                   for row, *values in zip(sets["heldout"], *columns)]
-        drops = [100 * (m["heldout"] - result["heldout"][1]) for m in metrics if m["stage"] == 2]
-        print(f"forgetting: {drops[0]:.1f} points of the held-out facts, {max(drops):.1f} from the peak")
     run = {"method": METHOD, "config": asdict(config), "device": str(device), "dtype": str(dtype), "result": result,
            "versions": {library.__name__: library.__version__ for library in (torch, transformers, np)},
-           "data": {key: hashlib.sha256(Path(path).read_bytes()).hexdigest() for key, path in files.items() if path}}
-
-    # Save under a temporary name: the run folder is there whole, or not at all.
-    out = Path(config.out)
-    temporary = out.with_name(f".{out.name}.part-{os.getpid()}")
+           "data": {key: hashlib.sha256(json.dumps(rows).encode()).hexdigest() for key, rows in sets.items() if rows}}
+    answers = []                                # a dict a held-out fact
+    if "heldout" in after:
+        old, new = before["heldout"], after["heldout"]
+        answers = [{**row, "before": a, "right_before": b, "after": c, "right_after": d} for row, a, b, c, d in zip(
+            sets["heldout"], old["answers"], old["right"], new["answers"], new["right"])]
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     for name, rows in (("metrics.jsonl", metrics), ("answers.jsonl", answers), ("run.json", [run])):
         (temporary / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    if out.exists():                            # --overwrite
-        shutil.rmtree(out)
+    if config.overwrite:
+        shutil.rmtree(out, ignore_errors=True)
     os.replace(temporary, out)
-    print(f"saved {config.out}")
+
+    for key, name in (("unknown", "new facts"), ("known", "known facts, trained on"), ("heldout", "known facts, held out")):
+        if key in result:
+            print(f"{name:23}  {result[key][0]:.3f} → {result[key][1]:.3f}  of {len(sets[key])}")
+    if "heldout" in result:
+        drops = [100 * (m["heldout"] - result["heldout"][1]) for m in metrics if m["stage"] == 2]
+        print(f"forgetting: {drops[0]:.1f} points of the held-out facts, {max(drops):.1f} from the peak")
+    print(f"saved {out}")
     return result
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8")    # for λ and → where output goes to a file on Windows
     train(parse())

@@ -1,4 +1,5 @@
 """The scripts as users run them: end to end, alone in an empty folder, from a hub cache, with wrong input; the README."""
+import importlib.util
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import eval_hallucination
 import make_facts
 
 METHODS = ["sft_baseline", "sft_selfdistill"]
+PICTURES = importlib.util.find_spec("matplotlib") is not None          # optional, see requirements.txt
 
 
 def rows_of(path):
@@ -24,7 +26,7 @@ def test_run_folder(workplace, method):
     name = method.removeprefix("sft_")
     done = run(workplace, f"{method}.py", "--epochs", 2, "--accumulate", 2, "--batch-size", 16)
     out = workplace / "runs" / f"{name}-tiny-0"
-    assert done.stdout.strip().endswith(f"saved runs/{name}-tiny-0") and "learning_rate = 0.0005" in done.stdout
+    assert done.stdout.strip().endswith(f"saved runs/{name}-tiny-0") and "learning_rate = 0.0004" in done.stdout
     metrics, answers, stored = rows_of(out / "metrics.jsonl"), rows_of(out / "answers.jsonl"), json.loads((out / "run.json").read_text())
     assert [(m["stage"], m["epoch"]) for m in metrics] == [(1, 1), (2, 0), (2, 1), (2, 2)]
     heldout = rows_of(workplace / "facts/tiny/heldout_known.jsonl")
@@ -106,7 +108,7 @@ def test_hub_name_from_the_cache(workplace, world, monkeypatch):
 
 def test_labels_and_worlds_are_kept(workplace, world):
     """A second fact folder beside the first takes its world and labels from the cache: other new facts, same base."""
-    shutil.copytree(world.parent / ".cache", workplace / "facts" / ".cache")
+    shutil.copytree(world.parent / ".facts-cache", workplace / "facts" / ".facts-cache")
     from conftest import SMALL_WORLD
     done = run(workplace, "make_facts.py", *SMALL_WORLD, "--new", "uuid")
     assert "labelled 208 facts" in done.stdout
@@ -116,53 +118,73 @@ def test_labels_and_worlds_are_kept(workplace, world):
 
 
 BAD_ROWS = {"empty.jsonl": "", "words.jsonl": "{not json}\n", "list.jsonl": "[1]\n", "columns.jsonl": '{"prompt": "Q"}\n',
-            "types.jsonl": '{"prompt": "Q", "completion": 3}\n', "latin.jsonl": b'{"prompt": "K\xf6ln", "completion": " x"}\n'}
+            "types.jsonl": '\n{"prompt": "Q", "completion": 3}\n', "latin.jsonl": b'{"prompt": "K\xf6ln", "completion": " x"}\n'}
 
 
-@pytest.mark.parametrize("script", METHODS)
+def refusal(capsys, function, words):
+    """What a script says when it refuses `words`: one line, exit status 2, nothing but SystemExit raised."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        function(words)
+    lines = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("words, named", [
     (["--model", "no-such-model"], "no-such-model"), (["--model", "facts"], "facts"), (["--train", "absent.jsonl"], "absent.jsonl"),
-    *((["--train", name], name) for name in BAD_ROWS), (["--epochs", "0"], "--epochs 0"), (["--epochs", "two"], "two"),
+    *((["--train", name], name) for name in BAD_ROWS), (["--train", "types.jsonl"], "types.jsonl:2"),
+(["--epochs", "0"], "--epochs 0"), (["--epochs", "two"], "two"),
     (["--learning-rate", "nan"], "--learning-rate nan"), (["--no-such-flag"], "--no-such-flag"), (["--device", "abacus"], "abacus"),
-    (["--max-length", "3"], "--max-length 3"), (["--dtype", "int4"], "int4")])
-def test_bad_input_of_the_methods(workplace, script, words, named):
+    (["--max-length", "3"], "--max-length"), (["--dtype", "int4"], "int4")])
+def test_bad_input_of_the_methods(workplace, monkeypatch, capsys, method, words, named):
+    monkeypatch.chdir(workplace)
     for name, text in BAD_ROWS.items():
         (workplace / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     if words[0] == "--model":
         words = [*words, "--train", "facts/tiny/train_known.jsonl"]
-    done = run(workplace, f"{script}.py", *words, "--out", "runs/x", ok=False)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and named in done.stderr, done.stderr
+    script = importlib.import_module(method)
+    assert named in refusal(capsys, lambda w: script.train(script.parse(w)), [*words, "--out", "runs/x"])
     assert not (workplace / "runs").exists()
 
 
-@pytest.mark.parametrize("words, named", [
-    (["make_facts.py", "--out", "facts/tiny"], "--overwrite"), (["make_facts.py", "--new", "old"], "old"),
-    (["make_facts.py", "--n-new", "0"], "--n-new 0"), (["make_facts.py", "--model", "BASE", "--source", "absent.tsv"], "absent.tsv"),
-    (["make_facts.py", "--model", "BASE", "--source", "bad.csv"], "no column object"),
-    (["make_facts.py", "--model", "BASE", "--source", "bad.txt"], "bad.txt"),
-    (["make_facts.py", "--model", "no-such-model", "--source", "good.csv"], "no-such-model"),
-    (["make_facts.py", "--model", "BASE", "--source", "good.csv", "--shots", "0"], "HighlyKnown 0"),
-    (["eval_hallucination.py"], "--model"), (["eval_hallucination.py", "facts"], "run.json"),
-    (["eval_hallucination.py", "--model", "BASE"], "--facts"), (["eval_hallucination.py", "--model", "x", "--facts", "facts/tiny"], "'x'"),
-    (["eval_hallucination.py", "--model", "BASE", "--facts", "absent"], "absent")])
-def test_bad_input_of_the_others(workplace, words, named):
+@pytest.mark.parametrize("script, words, named", [
+    ("make_facts", ["--out", "facts/tiny"], "--overwrite"), ("make_facts", ["--new", "old"], "old"),
+    ("make_facts", ["--n-new", "0"], "--n-new 0"), ("make_facts", ["--model", "BASE", "--source", "absent.tsv"], "absent.tsv"),
+    ("make_facts", ["--model", "BASE", "--source", "bad.csv"], "no column object"),
+    ("make_facts", ["--model", "BASE", "--source", "bad.txt"], "bad.txt"),
+    ("make_facts", ["--model", "no-such-model", "--source", "good.csv"], "no-such-model"),
+    ("make_facts", ["--model", "BASE", "--source", "good.csv", "--shots", "0"], "HighlyKnown 0"),
+    ("eval_hallucination", [], "--model"), ("eval_hallucination", ["facts"], "run.json"),
+    ("eval_hallucination", ["--model", "BASE"], "--facts"), ("eval_hallucination", ["--model", "x", "--facts", "facts/tiny"], "'x'"),
+    ("eval_hallucination", ["--model", "BASE", "--facts", "absent"], "absent")])
+def test_bad_input_of_the_others(workplace, monkeypatch, capsys, script, words, named):
+    monkeypatch.chdir(workplace)
     (workplace / "bad.csv").write_text("relation,subject,question\na,b,c\n")
     (workplace / "bad.txt").write_text("relation\n")
     (workplace / "good.csv").write_text("relation,subject,object,question\n" + "".join(f"r,s{i},o{i},Who is s{i}?\n" for i in range(30)))
-    words = [str(workplace / "facts/tiny/base") if w == "BASE" else w for w in words]
+    shutil.copytree(workplace / "facts/tiny/base", workplace / "base")
+    words = ["base" if w == "BASE" else w for w in words]
     before = sorted(workplace.rglob("*"))
-    done = run(workplace, *words, ok=False)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and named in done.stderr, done.stderr
-    after = [p for p in sorted(workplace.rglob("*")) if ".cache" not in p.parts and p not in before and "__pycache__" not in p.parts]
-    assert not after
+    assert named in refusal(capsys, importlib.import_module(script).main, words)
+    assert [p for p in sorted(workplace.rglob("*")) if ".facts-cache" not in p.parts and p not in before] == []
 
 
-def test_help_shows_every_default():
-    for script in METHODS:
-        words = " ".join(run(ROOT, f"{script}.py", "--help").stdout.split())
-        for shown in ("0.0005, 5e-05", "64, 32", "runs/", "(default: auto)", "(default: 1.0)"):
-            assert shown in words
-    assert "minutes on a GPU" in " ".join(run(ROOT, "make_facts.py", "--help").stdout.split())
+def test_a_refusal_is_one_line_without_traceback(workplace):
+    done = run(workplace, "sft_selfdistill.py", "--train", "absent.jsonl", "--model", "facts/tiny/base", ok=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: absent.jsonl")
+
+
+@pytest.mark.parametrize("script, shown", [
+    *((method, ["0.0004, 5e-05", "60, 8", "64, 32", "runs/", "(default: auto)", "(default: 1.0)"]) for method in METHODS),
+    ("sft_selfdistill", ["12.0, 4.0"]), ("make_facts", ["400 for tiny", "minutes on a GPU"]), ("eval_hallucination", ["default: 64"])])
+def test_help_shows_every_default(script, shown, capsys):
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit) as stopped:
+        getattr(module, "parse", module.main)(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0 and [words for words in shown if words not in text] == []
 
 
 SHIM = """#!{python}
@@ -187,7 +209,7 @@ def test_readme_commands(workplace, world):
     for name, text in (("python", SHIM.format(python=sys.executable, small=small)), ("pip", "#!/bin/sh\n"), ("pytest", "#!/bin/sh\n")):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
-    shutil.copytree(world.parent / ".cache", workplace / "facts" / ".cache")
+    shutil.copytree(world.parent / ".facts-cache", workplace / "facts" / ".facts-cache")
     (workplace / "facts" / "tiny").unlink()
     (workplace / "assets").mkdir()
     for name in ("gpt2-medium", "SmolLM2-135M-Instruct"):
@@ -201,6 +223,9 @@ def test_readme_commands(workplace, world):
     (popqa / "test.tsv").write_text(table, encoding="utf-8")
     (workplace / "my.jsonl").write_text('{"prompt": "Q: Who made Ulm?\\nA:", "completion": " Ulm\\n"}\n', encoding="utf-8")
     for block in blocks:
+        block = block.replace("for seed in 0 1 2 3 4 5", "for seed in 0")
+        if not PICTURES:
+            block = re.sub(r"--plot \S+", "", block)
         done = subprocess.run(["bash", "-euo", "pipefail", "-c", block], cwd=workplace, capture_output=True, text=True,
                               env=os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHONIOENCODING": "utf-8"})
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"

@@ -1,11 +1,12 @@
 """eval_hallucination.py: answers, matching, statistics against hand-computed cases, and the comparison of runs."""
+import importlib.util
 import json
 import math
 
 import pytest
 import torch
-from eval_hallucination import (compare, encode_prompt, evaluate, exact_match, generate_answers, mcnemar, normalize, read_jsonl,
-                                read_run, stop_ids, wilson)
+from eval_hallucination import (compare, encode_prompt, evaluate, exact_match, generate_answers, mcnemar, normalize, plot,
+                                read_jsonl, read_run, stop_ids, wilson)
 
 
 def test_normalize_and_exact_match():
@@ -100,3 +101,15 @@ def test_compare(tmp_path):
     assert b["mcnemar"] == {"first_only": 0, "this_only": 3, "p": 0.25}
     assert "mcnemar" not in a and "mcnemar" not in c                    # other held-out rows: not paired
     assert a["by"]["relation"] == {"a": {"n": 4, "before": 1.0, "after": 1.0}, "b": {"n": 4, "before": 1.0, "after": 0.0}}
+
+
+def test_plot(tmp_path, capsys):
+    """A picture with matplotlib; without it one line that says how to get it."""
+    runs, picture = [make_run(tmp_path / "a", [True, False] * 4)], tmp_path / "plot.png"
+    if importlib.util.find_spec("matplotlib"):
+        plot(runs, str(picture))
+        assert picture.read_bytes().startswith(b"\x89PNG") and len(picture.read_bytes()) > 5000
+    else:
+        with pytest.raises(SystemExit):
+            plot(runs, str(picture))
+        assert "pip install matplotlib" in capsys.readouterr().err and not picture.exists()
