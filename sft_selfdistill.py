@@ -1,21 +1,19 @@
-"""Self-distillation: supervised fine-tuning (SFT) on new facts that keeps the old ones.
+"""Self-distillation: supervised fine-tuning (SFT) on new facts that keeps old ones.
 
-Fine-tune a language model on facts that it does not know, and it starts to get wrong facts that it did know. The
-cure of Kaplan et al. 2026 (arXiv:2604.15574) is a second term that holds the model near a frozen earlier self:
+Fine-tune a language model on facts that it does not know, and it starts to get wrong facts that it did know
+(Kaplan et al. 2026, arXiv:2604.15574). The loss of this script holds the model near a frozen earlier self:
 
-    L = CE + λ · τ² · KL(teacher ‖ student)      softmax at temperature τ, full vocabulary, every position
+    L = CE + λ · τ² · KL(teacher ‖ student)     CE: mean over the completion's tokens and its end; KL: mean over all
+                                                positions, prompt included, full vocabulary, softmax at temperature τ
 
-in two stages, so that this script differs from sft_baseline.py in the loss alone (run diff on the two: the loss,
-its four settings, the teacher):
-    stage 1   known facts only, plain CE, --format-epochs: the model learns the form of the task. The result is
-              *the model before*: forgetting is counted from what it knows, and it is the teacher.
-    stage 2   known + unknown facts, --epochs, with a fresh optimizer.
+Stage 1 (--format-epochs) trains on known facts only, with CE: the model learns the form of the task. The result is
+*the model before*: what it knows is what can be forgotten. Stage 2 (--epochs) adds the new facts, with a fresh optimizer.
+sft_baseline.py and sft_selfdistill.py differ in the loss of stage 2 alone: run diff on the two.
 
-On a laptop, with an invented world that is made first:    python sft_selfdistill.py
-On a GPU, with real facts (see make_facts.py):             python sft_selfdistill.py --model gpt2-medium
-On your own rows of {"prompt": …, "completion": …}:        python sft_selfdistill.py --model DIR --train my.jsonl
-
-The last line you should see: "saved runs/selfdistill-tiny-0", above it a table in which held-out accuracy has stayed.
+On a laptop, an invented world, made first:           python sft_selfdistill.py
+On a GPU, real facts, found first by make_facts.py:   python sft_selfdistill.py --model gpt2-medium
+Your own rows of {"prompt": …, "completion": …}:      python sft_selfdistill.py --model DIR --train my.jsonl
+The last line you should see:                         saved runs/selfdistill-tiny-0
 """
 import argparse
 import copy
@@ -45,10 +43,10 @@ option = lambda default, consequence, **more: field(default=default, metadata={"
 @dataclass
 class Config:   # each field is a flag; its consequence is the flag's line in --help
     # the model and its data
-    model: str = option("tiny", "hub name or local folder of a causal language model; tiny is FACTS/base")
+    model: str = option("tiny", "a causal language model: hub name or local folder; tiny is FACTS/base")
     facts: str = option(None, "fact folder of make_facts.py, made if absent", shown="facts/MODEL")
     train: str = option(None, "your own JSONL of prompt and completion, instead of a fact folder", shown="none")
-    known: str = option(None, "JSONL of facts it knows, to train on too; --train without it skips stage 1", shown="FACTS's")
+    known: str = option(None, "JSONL of facts it knows, to train on; --train without it skips stage 1", shown="FACTS's")
     heldout: str = option(None, "JSONL of facts it knows, never trained on, to see what it forgets", shown="FACTS's")
     out: str = option(None, "run folder to write", shown=f"runs/{METHOD}-MODEL-SEED")
     overwrite: bool = option(False, "replace the run folder if it exists")
@@ -59,18 +57,18 @@ class Config:   # each field is a flag; its consequence is the flag's line in --
     batch_size: int = option(None, "rows in one forward pass: memory", least=1, tiny=64, real=32)
     accumulate: int = option(1, "forward passes in one optimizer step: a larger batch in the same memory", least=1)
     learning_rate: float = option(None, "peak of the schedule", tiny=4e-4, real=5e-5)
-    warmup: float = option(0.3, "share of the steps in which the rate rises; large first steps forget most", most=1)
+    warmup: float = option(0.3, "share of the steps in which it rises; large first steps forget most", most=1)
     weight_decay: float = option(0.01, "AdamW's, on matrices only")
     grad_clip: float = option(1.0, "largest norm of the gradient", least=1e-6)
     seed: int = option(0, "of the data order; the facts have a seed of their own")
     # the method
     kl_weight: float = option(None, "λ: how hard the teacher holds; 0 is the baseline, the paper has 1", tiny=12.0, real=4.0)
-    temperature: float = option(4.0, "τ: a hot teacher also shows what it ranks below its choice; the paper has 0.5", least=0.01)
-    kl_direction: str = option("forward", "KL(teacher ‖ student); reverse: KL(student ‖ teacher)", choices=["forward", "reverse"])
-    kl_scope: str = option("all", "distil every position, prompt included, or the completion's", choices=["all", "completion"])
+    temperature: float = option(4.0, "τ: a hot teacher shows also what it ranks lower; the paper has 0.5", least=0.01)
+    kl_direction: str = option("forward", "reverse: KL(student ‖ teacher)", choices=["forward", "reverse"])
+    kl_scope: str = option("all", "distilled positions: all, or the completion's", choices=["all", "completion"])
     # the machine
     device: str = option("auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = option("auto", "autocast precision; auto takes the fast one", choices=["auto", "float32", "bfloat16", "float16"])
+    dtype: str = option("auto", "autocast precision", choices=["auto", "float32", "bfloat16", "float16"])
 
 
 def fail(message):
@@ -93,16 +91,17 @@ def parse(argv=None):
 
 def resolve(config):
     """Fill in the defaults that depend on the model; end the program on a value out of range or a run that exists."""
-    name, out = Path(config.model).name, Path(config.out or f"runs/{METHOD}-{Path(config.model).name}-{config.seed}")
-    config.facts, config.out = config.facts or f"facts/{name}", str(out)
+    name = Path(config.model).name
+    config.facts = config.facts or f"facts/{name}"
+    config.out = config.out or f"runs/{METHOD}-{name}-{config.seed}"
     for f in fields(config):
         if getattr(config, f.name) is None and "tiny" in f.metadata:
             setattr(config, f.name, f.metadata["tiny" if config.model == "tiny" else "real"])
-        value, least, most = getattr(config, f.name), f.metadata.get("least", 0), f.metadata.get("most", sys.float_info.max)
+        value, least, most = getattr(config, f.name), f.metadata.get("least", 0), f.metadata.get("most", sys.maxsize)
         if isinstance(value, (int, float)) and not least <= value <= most:
             fail(f"--{f.name.replace('_', '-')} {value}: must be between {least} and {most}")
-    if out.exists() and not (config.overwrite and (out / "run.json").exists()):
-        fail(f"--out {out}: exists already; --overwrite replaces it if it is a run folder")
+    if Path(config.out).exists() and not (config.overwrite and Path(config.out, "run.json").exists()):
+        fail(f"--out {config.out}: exists already; --overwrite replaces it if it is a run folder")
 
 
 def device_and_dtype(config):
@@ -127,8 +126,8 @@ def fact_files(config):
         try:
             import make_facts
         except ModuleNotFoundError:
-            fail(f"--model {config.model}: needs {folder}, or make_facts.py and eval_hallucination.py beside this script to make it; "
-                 "or name a model of yours with --model and your rows with --train FILE")
+            fail(f"--model {config.model} needs {folder}, or make_facts.py and eval_hallucination.py beside this script to "
+                 "make it; or name a model of your own with --model and your rows with --train")
         make_facts.main(["--model", config.model, "--out", str(folder), "--device", config.device, "--dtype", config.dtype])
     files = {"unknown": config.train, "known": config.known, "heldout": config.heldout}
     names = {"unknown": "train_unknown.jsonl", "known": "train_known.jsonl", "heldout": "heldout_known.jsonl"}
@@ -137,18 +136,16 @@ def fact_files(config):
 
 def read_rows(path):
     """The rows of a JSONL file, dicts with at least `prompt` and `completion`; [] for None."""
-    rows = []
+    rows, number, line = [], 0, ""
     try:
         for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n") if path else [], 1):
             if line.strip():
                 rows.append(json.loads(line))
-                if not all(isinstance(rows[-1].get(key), str) and rows[-1][key].strip() for key in ("prompt", "completion")):
-                    fail(f"{path}:{number}: no text under prompt or under completion in {line[:80]}")
-    except (json.JSONDecodeError, AttributeError) as error:
-        fail(f"{path}:{number}: {line[:80]!r} is not a JSON object ({error})")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path}: cannot be read as UTF-8 text ({error})")
-    return rows if rows or not path else fail(f"{path}: is empty; each line must be an object with prompt and completion")
+                if not all(rows[-1][key].strip() for key in ("prompt", "completion")):
+                    raise ValueError("nothing under prompt or under completion")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"{path}:{number}: {error!r} in {line[:60]!r}; each line must be an object with prompt and completion, UTF-8 text")
+    return rows if rows or not path else fail(f"{path}: empty; each line must be an object with prompt and completion")
 
 
 def encode(tokenizer, rows, longest, max_length=None):
@@ -216,9 +213,9 @@ def cross_entropy(logits, batch, window):
 
 
 def self_distillation(logits, batch, window, teacher, config):
-    """CE + λ · τ² · KL over the distilled positions: (loss, terms to log), with the arguments of `cross_entropy`.
+    """CE + λ · τ² · KL over the distilled positions: (loss, terms to log). Arguments as in `cross_entropy`.
 
-    Costs the teacher's forward pass. At step 0 student and teacher are equal and the KL reads 0: the best free check."""
+    Costs the teacher's forward pass. At step 1 student and teacher are equal and the KL reads 0: the best free check."""
     ce, terms = cross_entropy(logits, batch, window)
     if config.kl_weight == 0:
         return ce, terms
@@ -271,7 +268,7 @@ def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device,
                 scaler.scale(loss).backward()                       # gradients add up over the window
                 means = {key: means.get(key, 0.0) + value / len(windows) for key, value in terms.items()}
             if step == 1:
-                print(f"stage {stage}, step 1: " + ", ".join(f"{k} {v:.4f}" for k, v in terms.items()), flush=True)
+                print(f"stage {stage}, step 1:", ", ".join(f"{k} {v:.4f}" for k, v in terms.items()), flush=True)
             scaler.unscale_(optimizer)                              # clip the gradient itself, not the scaled one
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             scaler.step(optimizer)
@@ -280,7 +277,7 @@ def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device,
         scores = score()
         means |= {key: s["accuracy"] for key, s in scores.items()}
         seconds = round(time.time() - started, 1)
-        print(f"stage {stage}, epoch {epoch}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()) + f" ({seconds:.0f} s)", flush=True)
+        print(f"stage {stage}, epoch {epoch}:", ", ".join(f"{k} {v:.4f}" for k, v in means.items()), f"({seconds:.0f} s)", flush=True)
         metrics.append({"stage": stage, "epoch": epoch, "step": step, "learning_rate": lr, **means, "seconds": seconds})
     return scores
 
@@ -308,23 +305,22 @@ def train(config):
     model, tokenizer = load_model(Path(config.facts) / "base" if config.model == "tiny" else config.model, device)
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
     known, unknown = (encode(tokenizer, sets[key], context, config.max_length) for key in ("known", "unknown"))
-    out = Path(config.out)                      # everything is written under a temporary name: a run folder is whole
+    out = Path(config.out)                      # written under a temporary name: a run folder is there whole or not at all
     temporary = out.with_name(f".{out.name}.part-{os.getpid()}")
     try:
         model.generation_config.save_pretrained(temporary)          # may be invalid: better known now than after training
     except (OSError, ValueError) as error:
         fail(f"--out {out}: cannot be written ({str(error).splitlines()[0]})")
     print(*(f"{key} = {value}" for key, value in asdict(config).items()), sep="\n")
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}, autocast {dtype};",
-          ", ".join(f"{len(rows)} {key}" for key, rows in sets.items()), "rows;",
-          f"{sum(len(ids) for ids, _ in known + unknown):,} tokens an epoch", flush=True)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}, autocast {dtype};", end=" ")
+    print(*(f"{len(rows)} {key}," for key, rows in sets.items()), f"{sum(len(ids) for ids, _ in known + unknown):,} tokens an epoch")
     try:
         from eval_hallucination import evaluate
     except ModuleNotFoundError:
         print("accuracy not measured: eval_hallucination.py is not beside this script")
         evaluate = None
 
-    def score():                                # of each set: before stage 2, and after every epoch
+    def score():                                # of each set, before stage 2 and after every epoch
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return {key: evaluate(model, tokenizer, rows, 4 * config.batch_size) for key, rows in sets.items()
                     if rows and evaluate}
@@ -360,9 +356,9 @@ def train(config):
         shutil.rmtree(out, ignore_errors=True)
     os.replace(temporary, out)
 
-    for key, name in (("unknown", "new facts"), ("known", "known facts, trained on"), ("heldout", "known facts, held out")):
-        if key in result:
-            print(f"{name:23}  {result[key][0]:.3f} → {result[key][1]:.3f}  of {len(sets[key])}")
+    for key, (first, last) in result.items():
+        name = {"unknown": "new facts", "known": "known facts, trained on", "heldout": "known facts, held out"}[key]
+        print(f"{name:23}  {first:.3f} → {last:.3f}  of {len(sets[key])}")
     if "heldout" in result:
         drops = [100 * (m["heldout"] - result["heldout"][1]) for m in metrics if m["stage"] == 2]
         print(f"forgetting: {drops[0]:.1f} points of the held-out facts, {max(drops):.1f} from the peak")
