@@ -74,10 +74,10 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     for f in fields(Config):
-        m = f.metadata
+        m, flag = f.metadata, "--" + f.name.replace("_", "-")
         shown = f"{m['tiny']}, {m['real']}" if "tiny" in m else m.get("shown", f.default)
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": m.get("choices")}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f"{m['help']} (default: {shown})", **kind)
+        parser.add_argument(flag, default=f.default, help=f"{m['help']} (default: {shown})", **kind)
     return Config(**vars(parser.parse_args(argv)))
 
 
@@ -103,12 +103,9 @@ def device_and_dtype(config):
         device = torch.zeros(1, device=found if config.device == "auto" else config.device).device
     except Exception as error:                  # many kinds, by device
         fail(f"--device {config.device}: {str(error).splitlines()[0]}")
-    dtype = config.dtype
-    if dtype == "auto" and device.type == "cuda":
-        dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    elif dtype == "auto":                       # a CPU without AMX multiplies bf16 at half the speed of fp32
-        dtype = "bfloat16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "float32"
-    return device, getattr(torch, dtype)
+    fast = {"cuda": lambda: "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16",
+            "cpu": lambda: "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"}     # without AMX half as fast
+    return device, getattr(torch, fast.get(device.type, lambda: "float32")() if config.dtype == "auto" else config.dtype)
 
 
 def fact_files(config):
@@ -136,8 +133,8 @@ def read_rows(path):
                 if not all(rows[-1][key].strip() for key in ("prompt", "completion")):
                     raise ValueError("nothing under prompt or under completion")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"{path}:{number}: {error!r} in {line[:60]!r}; each line must be an object with prompt and completion, UTF-8 text")
-    return rows if rows or not path else fail(f"{path}: empty; each line must be an object with prompt and completion")
+        fail(f"{path}:{number}: {error!r} in {line[:60]!r}; wanted: objects with prompt and completion in UTF-8, one a line")
+    return rows if rows or not path else fail(f"{path}: empty; wanted: objects with prompt and completion, one a line")
 
 
 def encode(tokenizer, rows, longest, max_length=None):
@@ -239,7 +236,7 @@ def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device,
                 scaler.scale(loss).backward()                       # gradients add up over the window
                 means = {key: means.get(key, 0.0) + value / len(windows) for key, value in terms.items()}
             if step == 1:
-                print(f"stage {stage}, step 1:", ", ".join(f"{k} {v:.4f}" for k, v in terms.items()), flush=True)
+                print(f"stage {stage}, step 1:", *(f"{k} {v:.4f}" for k, v in terms.items()), flush=True)
             scaler.unscale_(optimizer)                              # clip the gradient itself, not the scaled one
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             scaler.step(optimizer)
@@ -248,7 +245,7 @@ def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device,
         scores = score()
         means |= {key: s["accuracy"] for key, s in scores.items()}
         seconds = round(time.time() - started, 1)
-        print(f"stage {stage}, epoch {epoch}:", ", ".join(f"{k} {v:.4f}" for k, v in means.items()), f"({seconds:.0f} s)", flush=True)
+        print(f"stage {stage}, epoch {epoch}:", *(f"{k} {v:.4f}" for k, v in means.items()), f"({seconds:.0f} s)", flush=True)
         metrics.append({"stage": stage, "epoch": epoch, "step": step, "learning_rate": lr, **means, "seconds": seconds})
     return scores
 
@@ -283,8 +280,9 @@ def train(config):
     except (OSError, ValueError) as error:
         fail(f"--out {out}: cannot be written ({str(error).splitlines()[0]})")
     print(*(f"{key} = {value}" for key, value in asdict(config).items()), sep="\n")
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}, autocast {dtype};", end=" ")
-    print(*(f"{len(rows)} {key}," for key, rows in sets.items()), f"{sum(len(ids) for ids, _ in known + unknown):,} tokens an epoch")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}, autocast {dtype}",
+          *(f"{len(rows)} {key} rows" for key, rows in sets.items()),
+          f"{sum(len(ids) for ids, _ in known + unknown):,} tokens an epoch", sep=", ", flush=True)
     try:
         from eval_hallucination import evaluate
     except ModuleNotFoundError:

@@ -33,7 +33,7 @@ def test_run_folder(workplace, method):
     assert [a["prompt"] for a in answers] == [h["prompt"] for h in heldout]
     assert sum(a["right_after"] for a in answers) / len(answers) == pytest.approx(metrics[-1]["heldout"])
     assert sum(a["right_before"] for a in answers) / len(answers) == pytest.approx(metrics[1]["heldout"])
-    assert metrics[0]["ce"] > metrics[-1]["ce"] > 0 and ("kl" in metrics[-1]) == (name == "selfdistill")
+    assert metrics[2]["ce"] > metrics[3]["ce"] > 0 and ("kl" in metrics[-1]) == (name == "selfdistill")
     assert set(stored["data"]) == {"unknown", "known", "heldout"} and stored["config"]["epochs"] == 2
     # the checkpoint is an ordinary one, and scores what the run says
     model, tokenizer = eval_hallucination.load_model(out)
@@ -137,7 +137,7 @@ def refusal(capsys, function, words):
     *((["--train", name], name) for name in BAD_ROWS), (["--train", "types.jsonl"], "types.jsonl:2"),
 (["--epochs", "0"], "--epochs 0"), (["--epochs", "two"], "two"),
     (["--learning-rate", "nan"], "--learning-rate nan"), (["--no-such-flag"], "--no-such-flag"), (["--device", "abacus"], "abacus"),
-    (["--max-length", "3"], "--max-length"), (["--dtype", "int4"], "int4")])
+    (["--max-length", "2"], "--max-length"), (["--dtype", "int4"], "int4")])
 def test_bad_input_of_the_methods(workplace, monkeypatch, capsys, method, words, named):
     monkeypatch.chdir(workplace)
     for name, text in BAD_ROWS.items():
@@ -182,7 +182,7 @@ def test_a_refusal_is_one_line_without_traceback(workplace):
 def test_help_shows_every_default(script, shown, capsys):
     module = importlib.import_module(script)
     with pytest.raises(SystemExit) as stopped:
-        getattr(module, "parse", module.main)(["--help"])
+        (module.parse if hasattr(module, "parse") else module.main)(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0 and [words for words in shown if words not in text] == []
 
@@ -223,7 +223,7 @@ def test_readme_commands(workplace, world):
     (popqa / "test.tsv").write_text(table, encoding="utf-8")
     (workplace / "my.jsonl").write_text('{"prompt": "Q: Who made Ulm?\\nA:", "completion": " Ulm\\n"}\n', encoding="utf-8")
     for block in blocks:
-        block = block.replace("for seed in 0 1 2 3 4 5", "for seed in 0")
+        block = re.sub(r'(for \w+ in) ("[^"]*"|\S+)[^;\n]*;', r"\1 \2;", block)          # loops: the first round
         if not PICTURES:
             block = re.sub(r"--plot \S+", "", block)
         done = subprocess.run(["bash", "-euo", "pipefail", "-c", block], cwd=workplace, capture_output=True, text=True,
