@@ -210,13 +210,14 @@ def test_readme_commands(workplace, world):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     shutil.copytree(world.parent / ".facts-cache", workplace / "facts" / ".facts-cache")
-    (workplace / "facts" / "tiny").unlink()
     (workplace / "assets").mkdir()
     for name in ("gpt2-medium", "SmolLM2-135M-Instruct"):
         shutil.copytree(world / "base", workplace / name)
     rows = rows_of(world / "labelled.jsonl")
     table = "relation\tsubject\tobject\tquestion\n" + "".join(
         f'{r["relation"]}\t{r["subject"]}\t{r["answers"][0]}\t{r["prompt"][3:-3]}\n' for r in rows)
+    table += "".join(f'{r["relation"]}\t{r["subject"]}son\t{r["answers"][0]}\tWhat is the {r["relation"]} of {r["subject"]}son?\n'
+                     for r in rows[:40])                        # nobody in the world is called that: Unknown
     (workplace / "trex.tsv").write_text(table, encoding="utf-8")
     popqa = workplace / "akariasai" / "PopQA"
     popqa.mkdir(parents=True)

@@ -174,7 +174,7 @@ def test_epoch_loss_is_the_mean_of_its_windows(base, rows):
         supervised = [row for batch in window for row in batch]
         losses = [F.cross_entropy(base[0](torch.tensor([ids])).logits[0, n - 1:-1], torch.tensor(ids[n:]), reduction="sum")
                   for ids, n in supervised]
-        means.append(float(sum(losses)) / sum(len(ids) - n for ids, n in supervised))
+        means.append(sum(losses).item() / sum(len(ids) - n for ids, n in supervised))
     assert metrics[0]["ce"] == pytest.approx(sum(means) / len(means), rel=1e-4)
 
 
