@@ -236,7 +236,7 @@ def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device,
                 scaler.scale(loss).backward()                       # gradients add up over the window
                 means = {key: means.get(key, 0.0) + value / len(windows) for key, value in terms.items()}
             if step == 1:
-                print(f"stage {stage}, step 1:", *(f"{k} {v:.4f}" for k, v in terms.items()), flush=True)
+                print(f"stage {stage}, step 1:", *(f"{k} {v * len(windows):.4f}" for k, v in means.items()), flush=True)
             scaler.unscale_(optimizer)                              # clip the gradient itself, not the scaled one
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             scaler.step(optimizer)

@@ -2,6 +2,7 @@
 import ast
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -166,7 +167,7 @@ def test_every_precision_learns(base, rows, dtype):
     assert metrics[1]["ce"] < metrics[0]["ce"] and all(math.isfinite(m["ce"]) for m in metrics)
 
 
-def test_epoch_loss_is_the_mean_of_its_windows(base, rows):
+def test_epoch_loss_is_the_mean_of_its_windows(base, rows, capsys):
     _, metrics = stage(sft_baseline, base[0], rows, sft_baseline.cross_entropy, learning_rate=0.0, batch_size=1, accumulate=4)
     config = sft_baseline.Config(batch_size=1, accumulate=4)
     means = []
@@ -176,6 +177,8 @@ def test_epoch_loss_is_the_mean_of_its_windows(base, rows):
                   for ids, n in supervised]
         means.append(sum(losses).item() / sum(len(ids) - n for ids, n in supervised))
     assert metrics[0]["ce"] == pytest.approx(sum(means) / len(means), rel=1e-4)
+    first = re.search(r"stage 2, step 1: ce ([\d.]+)", capsys.readouterr().out)
+    assert float(first[1]) == pytest.approx(means[0], abs=1e-4)             # the window's loss, not its last batch's
 
 
 def test_window_without_supervised_tokens_is_skipped(base):
