@@ -47,7 +47,8 @@ def invent_words(n, rng):
     """`n` distinct pronounceable words, capitalised (list of str)."""
     words = {}                                 # a dict keeps the order, so that the seed decides it
     while len(words) < n:
-        words["".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(2)).title() + rng.choice("lnrst")] = 1
+        syllables = [rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(2)]
+        words["".join(syllables).title() + rng.choice("lnrst")] = True
     return list(words)
 
 
@@ -305,7 +306,8 @@ def invent_facts(facts, kind, n, rng, new_code):
     """`n` facts (or a few more) of entities that do not exist: named by `kind` "semantic" or "uuid".
 
     An invented entity is asked what a random real one is asked, and its answers are drawn evenly from the objects of
-    each relation: Unknown by construction. Ends the program when no question names its subject, or when the names cannot make enough new ones."""
+    each relation: Unknown by construction. Ends the program when no question names its subject, or when the names
+    cannot make enough new ones."""
     entities, kinds, objects, templates = defaultdict(dict), {}, defaultdict(dict), defaultdict(Counter)
     for fact in facts:
         subject, relation = fact["subject"], fact["relation"]
@@ -448,18 +450,14 @@ def parse(argv=None):
         fail(f"--source {args.source}: the invented world has facts of its own; name a --model that knows some of these")
     args.source = args.source or "akariasai/PopQA"
     args.shots = args.shots if args.shots is not None else (0 if tiny else 4)
-    for name in ("n_new", "max_facts", "prompts", "samples", "width", "pretrain_epochs", "batch_size", "n_names"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    for name in ("shots", "n_codes"):
-        if getattr(args, name) < 0:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
+    ranges = {"n_new": (MIN_KNOWN, math.inf), "max_facts": (1, math.inf), "prompts": (1, math.inf), "shots": (0, math.inf),
+              "samples": (1, math.inf), "batch_size": (1, math.inf), "pretrain_epochs": (1, math.inf), "width": (4, math.inf),
+              "n_names": (1, 3000), "n_codes": (0, 30000)}          # so many names and codes are surely distinct
+    for name, (least, most) in ranges.items():
+        if not least <= getattr(args, name) <= most:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be between {least} and {most}")
     if args.width % 4:
         fail(f"--width {args.width}: must be a multiple of the 4 heads")
-    if args.n_names > 3000 or args.n_codes > 30000:
-        fail(f"--n-names {args.n_names} --n-codes {args.n_codes}: the invented world has at most 3000 and 30000")
-    if args.n_new < MIN_KNOWN:
-        fail(f"--n-new {args.n_new}: at least {MIN_KNOWN} are needed to measure anything")
     if args.out.exists() and not (args.overwrite and (args.out / "meta.json").exists()):
         fail(f"--out {args.out}: exists already; --overwrite replaces it if it is a fact folder")
     return args
@@ -496,12 +494,13 @@ def main(argv=None):
         facts, dropped = load_source(args.source, args.max_facts, args.seed)
         model, tokenizer = load_model(args.model, device)
     weights, code = weights_hash(model), [inspect.getsource(f) for f in (score_answers, slick_category, label_facts)]
-    labels = kept / f"labels-{digest(weights, code, stop_ids(tokenizer, model), facts, args.prompts, args.shots, args.samples, args.seed, str(dtype))}.jsonl"
+    asked = [args.prompts, args.shots, args.samples, args.seed, str(dtype)]
+    labels = kept / f"labels-{digest(weights, code, stop_ids(tokenizer, model), facts, asked)}.jsonl"
     if labels.exists():
         labelled = read_jsonl(labels)
     else:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            labelled = label_facts(model, tokenizer, facts, args.prompts, args.shots, args.samples, args.seed, args.batch_size)
+            labelled = label_facts(model, tokenizer, facts, *asked[:4], args.batch_size)
         write_jsonl(labels, labelled)
     new_code = invent_code if tiny else lambda rng: str(uuid.UUID(int=rng.getrandbits(128), version=4))
     sets = split_facts(facts, labelled, args.new, args.n_new, rng, new_code)
@@ -509,7 +508,8 @@ def main(argv=None):
     count = lambda rows, *keys: dict(sorted(Counter("/".join(r[k] for k in keys) for r in rows).items()))
     majority = sum(Counter(f["answers"][0] for f in sets["heldout"] if f["relation"] == r).most_common(1)[0][1]
                    for r in {f["relation"] for f in sets["heldout"]}) / len(sets["heldout"])
-    meta = {"model": args.model, "weights": weights, "source": str(source), "seed": args.seed, "new": args.new, "n_new": args.n_new,
+    meta = {"model": args.model, "weights": weights, "source": str(source), "seed": args.seed,
+            "new": args.new, "n_new": args.n_new,
             "prompts": args.prompts if args.shots else 1, "shots": args.shots, "samples": args.samples,
             "dtype": str(dtype).removeprefix("torch."), "world": world, "questions_dropped": dropped,
             "labelled": count(labelled, "category"), "labelled_by_relation": count(labelled, "relation", "category"),
