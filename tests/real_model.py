@@ -56,7 +56,7 @@ def test_kl_reads_zero(facts, model):
     window = {key: int(batch[key].sum()) for key in ("supervised", "real")}
     with torch.no_grad():
         logits = sft_selfdistill.next_token_logits(model[0], batch)
-        _, terms = sft_selfdistill.self_distillation(logits, batch, window, model[0], sft_selfdistill.Config())
+        _, terms = sft_selfdistill.self_distillation(logits, batch, window, model[0], sft_selfdistill.Config(kl_weight=4.0))
     assert abs(terms["kl"]) < 1e-6 and terms["ce"] > 0
 
 
