@@ -224,13 +224,13 @@ def show(table):
     """Print what `compare` returned, as text."""
     share = lambda x: "   –" if x is None or math.isnan(x) else f"{x:.3f}"
     width = max(len(row["run"]) for row in table)
-    print(f"{'run':{width}}  Unknown  Known    held-out: before → after (95 % interval)    forgetting   against the first")
+    print(f"{'run':{width}}  Unknown learnt  Known trained  Known held out, before → after (95 % interval)  forgetting")
     for row in table:
-        line = f"{row['run']:{width}}  {share(row['unknown']):7}  {share(row['known']):7}"
+        line = f"{row['run']:{width}}  {share(row['unknown']):14}  {share(row['known']):13}"
         if row["heldout_n"]:
             low, high = row["after_interval"]
-            line += (f"  {row['before']:.3f} → {row['after']:.3f} ({low:.3f}–{high:.3f}), n = {row['heldout_n']:<6}"
-                     f"{row['forgetting']:8.1f} pts")
+            line += (f"  {row['before']:.3f} → {row['after']:.3f} ({low:.3f}–{high:.3f}), n = {row['heldout_n']:<10}"
+                     f"{row['forgetting']:5.1f} points")
         if test := row.get("mcnemar"):
             line += f"   McNemar {test['first_only']} : {test['this_only']}, p = {test['p']:.2g}"
         elif row is not table[0] and row["heldout_n"]:

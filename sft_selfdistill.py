@@ -17,7 +17,6 @@ The last line you should see:                         saved runs/selfdistill-tin
 """
 import argparse
 import copy
-import functools
 import hashlib
 import json
 import math
@@ -35,8 +34,6 @@ import transformers
 from tqdm import tqdm
 
 METHOD = "selfdistill"
-
-
 option = lambda default, consequence, **more: field(default=default, metadata={"help": consequence, **more})
 
 
@@ -50,6 +47,7 @@ class Config:   # each field is a flag; its consequence is the flag's line in --
     heldout: str = option(None, "JSONL of facts it knows, never trained on, to see what it forgets", shown="FACTS's")
     out: str = option(None, "run folder to write", shown=f"runs/{METHOD}-MODEL-SEED")
     overwrite: bool = option(False, "replace the run folder if it exists")
+    no_unknown: bool = option(False, "stage 2 on known facts alone: a task learnt with nothing new")
     max_length: int = option(None, "cut prompts at their start to rows of so many tokens", least=2, shown="no cut")
     # optimisation; of two defaults the first is for tiny, the second for real models
     format_epochs: int = option(1, "epochs of stage 1, known facts only: teaches the form, not the facts")
@@ -78,7 +76,7 @@ def fail(message):
 
 
 def parse(argv=None):
-    """Config from the command line."""
+    """Config from the command line, defaults that depend on the model filled in; refuses a value out of range."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     for f in fields(Config):
@@ -86,22 +84,16 @@ def parse(argv=None):
         shown = f"{m['tiny']}, {m['real']}" if "tiny" in m else m.get("shown", f.default)
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": m.get("choices")}
         parser.add_argument(flag, default=f.default, help=f"{m['help']} (default: {shown})", **kind)
-    return Config(**vars(parser.parse_args(argv)))
-
-
-def resolve(config):
-    """Fill in the defaults that depend on the model; end the program on a value out of range or a run that exists."""
-    name = Path(config.model).name
-    config.facts = config.facts or f"facts/{name}"
-    config.out = config.out or f"runs/{METHOD}-{name}-{config.seed}"
+    config = Config(**vars(parser.parse_args(argv)))
+    config.facts = config.facts or f"facts/{Path(config.model).name}"
+    config.out = config.out or f"runs/{METHOD}-{Path(config.model).name}-{config.seed}"
     for f in fields(config):
         if getattr(config, f.name) is None and "tiny" in f.metadata:
             setattr(config, f.name, f.metadata["tiny" if config.model == "tiny" else "real"])
         value, least, most = getattr(config, f.name), f.metadata.get("least", 0), f.metadata.get("most", sys.maxsize)
         if isinstance(value, (int, float)) and not least <= value <= most:
             fail(f"--{f.name.replace('_', '-')} {value}: must be between {least} and {most}")
-    if Path(config.out).exists() and not (config.overwrite and Path(config.out, "run.json").exists()):
-        fail(f"--out {config.out}: exists already; --overwrite replaces it if it is a run folder")
+    return config
 
 
 def device_and_dtype(config):
@@ -109,7 +101,7 @@ def device_and_dtype(config):
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.zeros(1, device=found if config.device == "auto" else config.device).device
-    except Exception as error:                  # many kinds, by device
+    except Exception as error:                                      # many kinds, by device
         fail(f"--device {config.device}: {str(error).splitlines()[0]}")
     fast = {"cuda": lambda: "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16",
             "cpu": lambda: "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"}     # without AMX half as fast
@@ -126,9 +118,9 @@ def fact_files(config):
             fail(f"--model {config.model} needs {folder}, or make_facts.py and eval_hallucination.py beside this script to "
                  "make it; or name a model of your own with --model and your rows with --train")
         make_facts.main(["--model", config.model, "--out", str(folder), "--device", config.device, "--dtype", config.dtype])
-    files = {"unknown": config.train, "known": config.known, "heldout": config.heldout}
-    names = {"unknown": "train_unknown.jsonl", "known": "train_known.jsonl", "heldout": "heldout_known.jsonl"}
-    return files if config.train else {key: files[key] or str(folder / names[key]) for key in files}
+    files = {"unknown": (config.train, "train_unknown.jsonl"), "known": (config.known, "train_known.jsonl"),
+             "heldout": (config.heldout, "heldout_known.jsonl")}
+    return {key: own or (None if config.train else folder / name) for key, (own, name) in files.items()}
 
 
 def read_rows(path):
@@ -214,18 +206,15 @@ def self_distillation(logits, batch, window, teacher, config):
 
     Costs the teacher's forward pass. At step 1 student and teacher are equal and the KL reads 0: the best free check."""
     ce, terms = cross_entropy(logits, batch, window)
-    if config.kl_weight == 0:
-        return ce, terms
     scope, tau = "real" if config.kl_scope == "all" else "supervised", config.temperature
     with torch.no_grad():
         teacher_logits = next_token_logits(teacher, batch)                                             # (B, T-1, V)
     # log-probabilities in fp32: the KL is a sum of their small differences, which bf16 would round away
     log_p = F.log_softmax(teacher_logits[batch[scope]].float() / tau, dim=-1)                          # (N, V) teacher
     log_q = F.log_softmax(logits[batch[scope]].float() / tau, dim=-1)                                  # (N, V) student
-    if config.kl_direction == "forward":    # Σ p (log p − log q): the student must cover what the teacher finds likely
-        kl = (log_p.exp() * (log_p - log_q)).sum() / window[scope]
-    else:                                   # Σ q (log q − log p): the student must avoid what it finds unlikely
-        kl = (log_q.exp() * (log_q - log_p)).sum() / window[scope]
+    if config.kl_direction == "reverse":    # Σ q (log q − log p): the student must avoid what the teacher finds unlikely
+        log_p, log_q = log_q, log_p
+    kl = (log_p.exp() * (log_p - log_q)).sum() / window[scope]      # Σ p (log p − log q): it must cover what p finds likely
     # τ²: the gradient of a softmax at τ shrinks as 1/τ² (Hinton et al. 2015, arXiv:1503.02531, section 2.1)
     return ce + config.kl_weight * tau ** 2 * kl, terms | {"kl": kl.item()}
 
@@ -294,16 +283,19 @@ def load_model(name, device):
 
 
 def train(config):
-    """Both stages; saves the run and returns {"unknown", "known", "heldout": (accuracy before stage 2, after it)}."""
-    resolve(config)
+    """Both stages; saves the run and returns its metrics, a dict an epoch as in metrics.jsonl."""
+    out = Path(config.out)
+    if out.exists() and not (config.overwrite and (out / "run.json").exists()):
+        fail(f"--out {out}: exists already; --overwrite replaces it if it is a run folder")
     device, dtype = device_and_dtype(config)
     files = fact_files(config)
     sets = {key: read_rows(path) for key, path in files.items()}
     model, tokenizer = load_model(Path(config.facts) / "base" if config.model == "tiny" else config.model, device)
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
     known, unknown = (encode(tokenizer, sets[key], context, config.max_length) for key in ("known", "unknown"))
-    out = Path(config.out)                      # written under a temporary name: a run folder is there whole or not at all
-    temporary = out.with_name(f".{out.name}.part-{os.getpid()}")
+    if not (mixture := known if config.no_unknown else known + unknown):
+        fail("--no-unknown: no known facts to train on; name some with --known")
+    temporary = out.with_name(f".{out.name}.part-{os.getpid()}")    # renamed at the end: a run is there whole or not at all
     try:
         model.generation_config.save_pretrained(temporary)          # may be invalid: better known now than after training
     except (OSError, ValueError) as error:
@@ -311,17 +303,17 @@ def train(config):
     print(*(f"{key} = {value}" for key, value in asdict(config).items()), sep="\n")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}, autocast {dtype}",
           *(f"{len(rows)} {key} rows" for key, rows in sets.items()),
-          f"{sum(len(ids) for ids, _ in known + unknown):,} tokens an epoch", sep=", ", flush=True)
+          f"{sum(len(ids) for ids, _ in mixture):,} tokens an epoch", sep=", ", flush=True)
     try:
-        from eval_hallucination import evaluate
+        import eval_hallucination as evaluator
     except ModuleNotFoundError:
         print("accuracy not measured: eval_hallucination.py is not beside this script")
-        evaluate = None
+        evaluator = None
 
     def score():                                # of each set, before stage 2 and after every epoch
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return {key: evaluate(model, tokenizer, rows, 4 * config.batch_size) for key, rows in sets.items()
-                    if rows and evaluate}
+            return {key: evaluator.evaluate(model, tokenizer, rows, 4 * config.batch_size) for key, rows in sets.items()
+                    if rows and evaluator}
 
     # Stage 1: the form of the task, from facts that the model knows. The result is the model before.
     metrics = []                                # a dict an epoch
@@ -332,13 +324,12 @@ def train(config):
         before = score()
     metrics.append({"stage": 2, "epoch": 0, **{key: s["accuracy"] for key, s in before.items()}})
 
-    # Stage 2: known and new facts together.
+    # Stage 2: known and new facts together (--no-unknown: known ones alone).
     teacher = copy.deepcopy(model).requires_grad_(False)           # the model before, frozen: a second copy of the weights
-    distillation = functools.partial(self_distillation, teacher=teacher, config=config)
-    after = run_stage(2, model, known + unknown, config.epochs, distillation, score, metrics, device, dtype, config)
+    distil = lambda logits, batch, window: self_distillation(logits, batch, window, teacher, config)
+    after = run_stage(2, model, mixture, config.epochs, distil, score, metrics, device, dtype, config)
 
-    result = {key: (before[key]["accuracy"], after[key]["accuracy"]) for key in after}
-    run = {"method": METHOD, "config": asdict(config), "device": str(device), "dtype": str(dtype), "result": result,
+    run = {"method": METHOD, "config": asdict(config), "device": str(device), "dtype": str(dtype),
            "versions": {library.__name__: library.__version__ for library in (torch, transformers, np)},
            "data": {key: hashlib.sha256(json.dumps(rows).encode()).hexdigest() for key, rows in sets.items() if rows}}
     answers = []                                # a dict a held-out fact
@@ -353,15 +344,10 @@ def train(config):
     if config.overwrite:
         shutil.rmtree(out, ignore_errors=True)
     os.replace(temporary, out)
-
-    for key, (first, last) in result.items():
-        name = {"unknown": "new facts", "known": "known facts, trained on", "heldout": "known facts, held out"}[key]
-        print(f"{name:23}  {first:.3f} → {last:.3f}  of {len(sets[key])}")
-    if "heldout" in result:
-        drops = [100 * (m["heldout"] - result["heldout"][1]) for m in metrics if m["stage"] == 2]
-        print(f"forgetting: {drops[0]:.1f} points of the held-out facts, {max(drops):.1f} from the peak")
+    if evaluator:
+        evaluator.show(evaluator.compare([evaluator.read_run(out)]))
     print(f"saved {out}")
-    return result
+    return metrics
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def refusal(capsys, function, words):
 @pytest.mark.parametrize("words, named", [
     (["--model", "no-such-model"], "no-such-model"), (["--model", "facts"], "facts"), (["--train", "absent.jsonl"], "absent.jsonl"),
     *((["--train", name], name) for name in BAD_ROWS), (["--train", "types.jsonl"], "types.jsonl:2"),
-(["--epochs", "0"], "--epochs 0"), (["--epochs", "two"], "two"),
+    (["--epochs", "0"], "--epochs 0"), (["--epochs", "two"], "two"),
     (["--learning-rate", "nan"], "--learning-rate nan"), (["--no-such-flag"], "--no-such-flag"), (["--device", "abacus"], "abacus"),
     (["--max-length", "2"], "--max-length"), (["--dtype", "int4"], "int4")])
 def test_bad_input_of_the_methods(workplace, monkeypatch, capsys, method, words, named):

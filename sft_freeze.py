@@ -1,0 +1,385 @@
+"""Freezing: supervised fine-tuning (SFT) that trains some groups of parameters and cannot write facts into the others.
+
+Fine-tune a language model on facts that it does not know, and it starts to get wrong facts that it did know
+(Kaplan et al. 2026, arXiv:2604.15574). Where no new facts are needed, this script suppresses that they are learnt:
+
+    L = CE                                      over θ of --trainable roles in --layers; all other weights stay as they are
+    L = CE + W · ‖θ − θ_before‖²                the soft freeze, --l2 W: the control against self-distillation
+
+Stage 1 (--format-epochs) trains on known facts only, with CE: the model learns the form of the task. The result is
+*the model before*: what it knows is what can be forgotten. Stage 2 (--epochs) adds the new facts, with a fresh optimizer.
+sft_freeze.py differs from sft_baseline.py in the frozen weights of both stages and the loss of stage 2: run diff on them.
+
+On a laptop, an invented world, made first:           python sft_freeze.py
+On a GPU, real facts, found first by make_facts.py:   python sft_freeze.py --model gpt2-medium
+Your own rows of {"prompt": …, "completion": …}:      python sft_freeze.py --model DIR --train my.jsonl
+The last line you should see:                         saved runs/freeze-tiny-0
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from tqdm import tqdm
+
+METHOD = "freeze"
+ROLES = {       # what a parameter is for, by its name in GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT and Phi
+    "attention": r"\.(attn|self_attn|attention)\.(?!\w*norm)", "mlp": r"\.(mlp|fc1|fc2)\.", "norms": r"(norm|\.ln_\w+)\.",
+    "embeddings": r"\.(wte|wpe|embed_tokens|embed_positions|embed_in|project_in)\.", "head": r"(lm_head|embed_out|project_out)\."}
+option = lambda default, consequence, **more: field(default=default, metadata={"help": consequence, **more})
+
+
+@dataclass
+class Config:   # each field is a flag; its consequence is the flag's line in --help
+    # the model and its data
+    model: str = option("tiny", "a causal language model: hub name or local folder; tiny is FACTS/base")
+    facts: str = option(None, "fact folder of make_facts.py, made if absent", shown="facts/MODEL")
+    train: str = option(None, "your own JSONL of prompt and completion, instead of a fact folder", shown="none")
+    known: str = option(None, "JSONL of facts it knows, to train on; --train without it skips stage 1", shown="FACTS's")
+    heldout: str = option(None, "JSONL of facts it knows, never trained on, to see what it forgets", shown="FACTS's")
+    out: str = option(None, "run folder to write", shown=f"runs/{METHOD}-MODEL-SEED")
+    overwrite: bool = option(False, "replace the run folder if it exists")
+    no_unknown: bool = option(False, "stage 2 on known facts alone: a task learnt with nothing new")
+    max_length: int = option(None, "cut prompts at their start to rows of so many tokens", least=2, shown="no cut")
+    # optimisation; of two defaults the first is for tiny, the second for real models
+    format_epochs: int = option(1, "epochs of stage 1, known facts only: teaches the form, not the facts")
+    epochs: int = option(None, "epochs of stage 2, known and new facts", least=1, tiny=60, real=8)
+    batch_size: int = option(None, "rows in one forward pass: memory", least=1, tiny=64, real=32)
+    accumulate: int = option(1, "forward passes in one optimizer step: a larger batch in the same memory", least=1)
+    learning_rate: float = option(None, "peak of the schedule", tiny=4e-4, real=5e-5)
+    warmup: float = option(0.3, "share of the steps in which it rises; large first steps forget most", most=1)
+    weight_decay: float = option(0.01, "AdamW's, on matrices only")
+    grad_clip: float = option(1.0, "largest norm of the gradient", least=1e-6)
+    seed: int = option(0, "of the data order; the facts have a seed of their own")
+    # the method
+    trainable: str = option(None, f"list of {', '.join(ROLES)}; or all", shown="attention; with --l2 all")
+    layers: str = option(None, "A-B: only blocks A to B, counted from 0, and nothing outside the blocks", shown="all")
+    l2: float = option(0.0, "W: how hard the weights are held to where stage 2 found them; each step costs a pass over them")
+    # the machine
+    device: str = option("auto", "cuda, mps or cpu; auto takes the first there is")
+    dtype: str = option("auto", "autocast precision", choices=["auto", "float32", "bfloat16", "float16"])
+
+
+def fail(message):
+    """End the program with one line on stderr and exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse(argv=None):
+    """Config from the command line, defaults that depend on the model filled in; refuses a value out of range."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    for f in fields(Config):
+        m, flag = f.metadata, "--" + f.name.replace("_", "-")
+        shown = f"{m['tiny']}, {m['real']}" if "tiny" in m else m.get("shown", f.default)
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": m.get("choices")}
+        parser.add_argument(flag, default=f.default, help=f"{m['help']} (default: {shown})", **kind)
+    config = Config(**vars(parser.parse_args(argv)))
+    config.facts = config.facts or f"facts/{Path(config.model).name}"
+    config.trainable = config.trainable or ("all" if config.l2 else "attention")
+    config.out = config.out or f"runs/{METHOD}-{Path(config.model).name}-{config.seed}"
+    for f in fields(config):
+        if getattr(config, f.name) is None and "tiny" in f.metadata:
+            setattr(config, f.name, f.metadata["tiny" if config.model == "tiny" else "real"])
+        value, least, most = getattr(config, f.name), f.metadata.get("least", 0), f.metadata.get("most", sys.maxsize)
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            fail(f"--{f.name.replace('_', '-')} {value}: must be between {least} and {most}")
+    return config
+
+
+def device_and_dtype(config):
+    """(device, autocast dtype): half precision only where the hardware multiplies it fast; MPS stays in fp32."""
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.zeros(1, device=found if config.device == "auto" else config.device).device
+    except Exception as error:                                      # many kinds, by device
+        fail(f"--device {config.device}: {str(error).splitlines()[0]}")
+    fast = {"cuda": lambda: "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16",
+            "cpu": lambda: "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"}     # without AMX half as fast
+    return device, getattr(torch, fast.get(device.type, lambda: "float32")() if config.dtype == "auto" else config.dtype)
+
+
+def fact_files(config):
+    """{"unknown", "known", "heldout"}: path or None. Calls make_facts.py where the fact folder is wanted and absent."""
+    folder = Path(config.facts)
+    if (config.train is None or config.model == "tiny") and not (folder / "meta.json").exists():
+        try:
+            import make_facts
+        except ModuleNotFoundError:
+            fail(f"--model {config.model} needs {folder}, or make_facts.py and eval_hallucination.py beside this script to "
+                 "make it; or name a model of your own with --model and your rows with --train")
+        make_facts.main(["--model", config.model, "--out", str(folder), "--device", config.device, "--dtype", config.dtype])
+    files = {"unknown": (config.train, "train_unknown.jsonl"), "known": (config.known, "train_known.jsonl"),
+             "heldout": (config.heldout, "heldout_known.jsonl")}
+    return {key: own or (None if config.train else folder / name) for key, (own, name) in files.items()}
+
+
+def read_rows(path):
+    """The rows of a JSONL file, dicts with at least `prompt` and `completion`; [] for None."""
+    rows, number, line = [], 0, ""
+    try:
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n") if path else [], 1):
+            if line.strip():
+                rows.append(json.loads(line))
+                if not all(rows[-1][key].strip() for key in ("prompt", "completion")):
+                    raise ValueError("nothing under prompt or under completion")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"{path}:{number}: {error!r} in {line[:60]!r}; wanted: objects with prompt and completion in UTF-8, one a line")
+    return rows if rows or not path else fail(f"{path}: empty; wanted: objects with prompt and completion, one a line")
+
+
+def encode(tokenizer, rows, longest, max_length=None):
+    """[(ids, n)]: token ids of each row's prompt + completion, of which the first n are the prompt's.
+
+    They are encoded apart, as at test time, when there is no completion yet. The prompt gets BOS where the tokenizer
+    adds one; the completion gets EOS unless it ends in a newline, as one-line answers do. Ends the program on a row of
+    more than `longest` tokens, the model's context, that `max_length` does not cut."""
+    encoded, bos, eos = [], tokenizer.bos_token, tokenizer.eos_token_id
+    for row in rows:
+        has_bos = bos is not None and row["prompt"].startswith(bos)         # as a rendered chat template may
+        prompt = tokenizer(row["prompt"], add_special_tokens=not has_bos)["input_ids"]
+        prompt = prompt[:-1] if len(prompt) > 1 and prompt[-1] == eos else prompt
+        completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+        if not row["completion"].endswith("\n") and eos not in (None, *completion[-1:]):
+            completion = completion + [eos]
+        start, length = int(prompt[0] == tokenizer.bos_token_id), len(prompt) + len(completion)        # BOS is not cut
+        excess = max(0, length - (max_length or length))
+        if start + excess >= len(prompt) or length - excess > longest:
+            fail(f"{row['prompt'][:40]!r} with its completion has {length} tokens, the model reads {longest}; --max-length "
+                 f"(now {max_length}) cuts prompts at their start and must leave a token of them")
+        encoded.append((prompt[:start] + prompt[start + excess:] + completion, len(prompt) - excess))
+    return encoded
+
+
+def make_windows(rows, config, stage, epoch):
+    """One epoch: a list of accumulation windows (an optimizer step each), each a list of batches, each a list of rows.
+
+    The order is a function of seed, stage and epoch. To waste little on padding, rows of similar length share a batch:
+    shuffle, cut into pools of four windows, sort each pool by length, cut it up, shuffle the windows."""
+    rng = np.random.default_rng([config.seed, stage, epoch])
+    rows = [rows[i] for i in rng.permutation(len(rows))]
+    cut = lambda items, size: [items[i:i + size] for i in range(0, len(items), size)]
+    size = config.batch_size * config.accumulate
+    windows = [window for pool in cut(rows, 4 * size) for window in cut(sorted(pool, key=lambda row: len(row[0])), size)]
+    return [cut(windows[w], config.batch_size) for w in rng.permutation(len(windows))]
+
+
+def collate(rows, device):
+    """Pad `encode`d rows on the right: ids, attention (B, T); next, the token that each position predicts, and the masks
+    real, it is a token of the row, and supervised, of its completion (B, T-1). Masks go by length, so any id pads."""
+    width = max(len(ids) for ids, _ in rows)
+    padded = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows], device=device)          # (B, T)
+    lengths = torch.tensor([[len(ids)] for ids, _ in rows], device=device)                             # (B, 1)
+    prompts = torch.tensor([[n] for _, n in rows], device=device)                                      # (B, 1)
+    position = torch.arange(width, device=device)[None]                                                # (1, T)
+    real = position[:, 1:] < lengths
+    return {"ids": padded, "attention": (position < lengths).long(), "next": padded[:, 1:], "real": real,
+            "supervised": real & (position[:, 1:] >= prompts)}
+
+
+def next_token_logits(model, batch):
+    """(B, T-1, V): the logits of `model` for batch["next"]."""
+    return model(input_ids=batch["ids"], attention_mask=batch["attention"], use_cache=False).logits[:, :-1]
+
+
+def cross_entropy(logits, batch, window):
+    """Plain SFT: (loss, terms to log) of one batch's `logits` (B, T-1, V), as its share of the accumulation window.
+
+    window: how many `supervised` and `real` positions the whole window has. Sums divided by the window's number weigh
+    every token alike; averaging the batches' means would weigh tokens in short batches more."""
+    mask = batch["supervised"]                                                                         # (B, T-1)
+    ce = F.cross_entropy(logits[mask].float(), batch["next"][mask], reduction="sum") / window["supervised"]
+    return ce, {"ce": ce.item()}
+
+
+def l2_to_before(logits, batch, window, model, before, config):
+    """CE + W · ‖θ − θ_before‖²: (loss, terms to log). Arguments as in `cross_entropy`; before: {name: weights}.
+
+    Costs a copy of the trained weights and a pass over them. The distance counts once a window, however it is cut."""
+    ce, terms = cross_entropy(logits, batch, window)
+    share = batch["supervised"].sum() / window["supervised"]
+    distance = share * sum((p - before[name]).square().sum() for name, p in model.named_parameters() if name in before)
+    return ce + config.l2 * distance, terms | {"distance": distance.item()}
+
+
+def freeze(model, config):
+    """Make only the parameters of `--trainable` roles in `--layers` trainable, and print the split.
+
+    Each parameter must have exactly one role, or the program ends: a freeze that overlooks a weight freezes nothing.
+    Frozen ones get no gradient, and AdamW passes over what has none, with its decay too: they stay as they are, bit for bit.
+    A head that is the embeddings' own matrix (tied) is trained with either."""
+    weights = dict(model.named_parameters())                        # a tied head is in it once, as embeddings
+    roles = {name: {role for role, pattern in ROLES.items() if re.search(pattern, name)} for name in weights}
+    if odd := [name for name in weights if len(roles[name]) != 1]:
+        fail(f"--model {config.model}: cannot be split into roles: {len(odd)} parameters fit none or several, {odd[0]} first")
+    tied = [name for name, p in weights.items() if p is model.get_output_embeddings().weight and "head" not in roles[name]]
+    roles |= {name: {"embeddings", "head"} for name in tied}
+    block = {name: int(found[1]) for name in weights if (found := re.search(r"\.(?:h|layers)\.(\d+)\.", name))}
+    span = re.fullmatch(r"(\d+)-(\d+)", config.layers or f"0-{max(block.values())}")
+    if not span or not int(span[1]) <= int(span[2]) <= max(block.values()):
+        fail(f"--layers {config.layers}: must be A-B, of the blocks 0 to {max(block.values())}")
+    inside = [name for name in weights if not config.layers or int(span[1]) <= block.get(name, -1) <= int(span[2])]
+    wanted = list(ROLES) if config.trainable == "all" else config.trainable.split(",")
+    count = lambda role, names: sum(weights[name].numel() for name in names if role in roles[name])
+    for role in wanted:
+        if config.trainable != "all" and not count(role, inside):
+            there = ", ".join(f"{role} {count(role, inside):,}" for role in ROLES)
+            fail(f"--trainable {role}: matches no parameter; within --layers {config.layers or 'all'} there are: {there}")
+    for name, p in weights.items():
+        p.requires_grad_(name in inside and not roles[name].isdisjoint(wanted))
+    for role in ROLES:
+        print(f"{role:10} {count(role, weights):>13,} parameters,", f"{count(role, [n for n in inside if weights[n].requires_grad]):>13,} "
+              "trainable", "(head and embeddings are one matrix)" * (role in ("head", "embeddings") and bool(tied)))
+
+
+def get_lr(step, total, config):
+    """Learning rate at `step` of `total`, clamped: linear warm-up, then a cosine from the peak to a tenth of it."""
+    step, warm = min(max(step, 0), total - 1), math.ceil(config.warmup * total)
+    if step < warm:
+        return config.learning_rate * (step + 1) / warm
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - 1 - warm)))
+    return config.learning_rate * (0.1 + 0.9 * cosine)
+
+
+def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device, dtype, config):
+    """Train `model` on `rows` (of `encode`), append a dict an epoch to `metrics`; returns score() after the last.
+
+    stage: 1 or 2; loss_function(logits, batch, window) -> (loss, terms); score() -> {set: result of `evaluate`}."""
+    # biases and norms, which are no matrices, are not decayed
+    groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": config.weight_decay},
+              {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=device.type != "mps")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)          # does nothing otherwise
+    step, total, started = 0, epochs * math.ceil(len(rows) / (config.batch_size * config.accumulate)), time.time()
+    for epoch in range(1, epochs + 1):
+        means, windows = {}, make_windows(rows, config, stage, epoch)
+        for window in tqdm(windows, f"stage {stage}, epoch {epoch} of {epochs}", unit="step", leave=False, disable=None):
+            batches = [collate(batch, device) for batch in window]
+            counts = {mask: sum(int(b[mask].sum()) for b in batches) for mask in ("supervised", "real")}
+            lr, step = get_lr(step, total, config), step + 1
+            if counts["supervised"] == 0:                           # nothing to learn, and 0 / 0 would be NaN
+                continue
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            for batch in batches:
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    loss, terms = loss_function(next_token_logits(model, batch), batch, counts)
+                scaler.scale(loss).backward()                       # gradients add up over the window
+                means = {key: means.get(key, 0.0) + value / len(windows) for key, value in terms.items()}
+            if step == 1:
+                print(f"stage {stage}, step 1:", *(f"{k} {v * len(windows):.4f}" for k, v in means.items()), flush=True)
+            scaler.unscale_(optimizer)                              # clip the gradient itself, not the scaled one
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+        scores = score()
+        means |= {key: s["accuracy"] for key, s in scores.items()}
+        seconds = round(time.time() - started, 1)
+        print(f"stage {stage}, epoch {epoch}:", *(f"{k} {v:.4f}" for k, v in means.items()), f"({seconds:.0f} s)", flush=True)
+        metrics.append({"stage": stage, "epoch": epoch, "step": step, "learning_rate": lr, **means, "seconds": seconds})
+    return scores
+
+
+def load_model(name, device):
+    """(model, tokenizer), the weights in fp32 whatever the checkpoint holds: small steps would vanish in bf16 weights."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        # eval: no dropout, in training either; it would add noise to every difference that is measured here
+        return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(name)
+    except Exception as error:                  # the library raises many kinds: no file, bad config, no network
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        fail(f"--model {name}: cannot be loaded ({reason}); give a local folder with config.json, model.safetensors and "
+             "tokenizer, or the name of a model on the hub and a network")
+
+
+def train(config):
+    """Both stages; saves the run and returns its metrics, a dict an epoch as in metrics.jsonl."""
+    out = Path(config.out)
+    if out.exists() and not (config.overwrite and (out / "run.json").exists()):
+        fail(f"--out {out}: exists already; --overwrite replaces it if it is a run folder")
+    device, dtype = device_and_dtype(config)
+    files = fact_files(config)
+    sets = {key: read_rows(path) for key, path in files.items()}
+    model, tokenizer = load_model(Path(config.facts) / "base" if config.model == "tiny" else config.model, device)
+    freeze(model, config)
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    known, unknown = (encode(tokenizer, sets[key], context, config.max_length) for key in ("known", "unknown"))
+    if not (mixture := known if config.no_unknown else known + unknown):
+        fail("--no-unknown: no known facts to train on; name some with --known")
+    temporary = out.with_name(f".{out.name}.part-{os.getpid()}")    # renamed at the end: a run is there whole or not at all
+    try:
+        model.generation_config.save_pretrained(temporary)          # may be invalid: better known now than after training
+    except (OSError, ValueError) as error:
+        fail(f"--out {out}: cannot be written ({str(error).splitlines()[0]})")
+    print(*(f"{key} = {value}" for key, value in asdict(config).items()), sep="\n")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}, autocast {dtype}",
+          *(f"{len(rows)} {key} rows" for key, rows in sets.items()),
+          f"{sum(len(ids) for ids, _ in mixture):,} tokens an epoch", sep=", ", flush=True)
+    try:
+        import eval_hallucination as evaluator
+    except ModuleNotFoundError:
+        print("accuracy not measured: eval_hallucination.py is not beside this script")
+        evaluator = None
+
+    def score():                                # of each set, before stage 2 and after every epoch
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return {key: evaluator.evaluate(model, tokenizer, rows, 4 * config.batch_size) for key, rows in sets.items()
+                    if rows and evaluator}
+
+    # Stage 1: the form of the task, from facts that the model knows. The result is the model before.
+    metrics = []                                # a dict an epoch
+    if known and config.format_epochs:
+        before = run_stage(1, model, known, config.format_epochs, cross_entropy, score, metrics, device, dtype, config)
+    else:
+        print("stage 1 skipped: no known facts to train on, or --format-epochs 0")
+        before = score()
+    metrics.append({"stage": 2, "epoch": 0, **{key: s["accuracy"] for key, s in before.items()}})
+
+    # Stage 2: known and new facts together (--no-unknown: known ones alone).
+    before_weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad and config.l2}
+    soft = lambda logits, batch, window: l2_to_before(logits, batch, window, model, before_weights, config)
+    loss_function = soft if config.l2 else cross_entropy
+    after = run_stage(2, model, mixture, config.epochs, loss_function, score, metrics, device, dtype, config)
+
+    run = {"method": METHOD, "config": asdict(config), "device": str(device), "dtype": str(dtype),
+           "versions": {library.__name__: library.__version__ for library in (torch, transformers, np)},
+           "data": {key: hashlib.sha256(json.dumps(rows).encode()).hexdigest() for key, rows in sets.items() if rows}}
+    answers = []                                # a dict a held-out fact
+    if "heldout" in after:
+        old, new = before["heldout"], after["heldout"]
+        answers = [{**row, "before": a, "right_before": b, "after": c, "right_after": d} for row, a, b, c, d in zip(
+            sets["heldout"], old["answers"], old["right"], new["answers"], new["right"])]
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    for name, rows in (("metrics.jsonl", metrics), ("answers.jsonl", answers), ("run.json", [run])):
+        (temporary / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    if config.overwrite:
+        shutil.rmtree(out, ignore_errors=True)
+    os.replace(temporary, out)
+    if evaluator:
+        evaluator.show(evaluator.compare([evaluator.read_run(out)]))
+    if after and not config.no_unknown and after["unknown"]["accuracy"] < 0.1:
+        print(f"advice: the new facts were not learnt; training {config.trainable} suppresses that. Where none are needed, that "
+              "is its use; where they are, use sft_selfdistill.py")
+    print(f"saved {out}")
+    return metrics
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8")    # for λ and → where output goes to a file on Windows
+    train(parse())
