@@ -3,7 +3,9 @@
 Score one model on the three fact sets of a folder that make_facts.py wrote:
     python eval_hallucination.py --model runs/selfdistill-tiny-0 --facts facts/tiny
 Compare runs of the sft_*.py scripts from the files that they left (no model is loaded):
-    python eval_hallucination.py runs/baseline-tiny-0 runs/selfdistill-tiny-0 --plot accuracy.png
+    python eval_hallucination.py runs/baseline-tiny-0 runs/selfdistill-tiny-0 --show 5 --plot accuracy.png
+Put one question to the model that they started from and to theirs:
+    python eval_hallucination.py runs/baseline-tiny-0 runs/selfdistill-tiny-0 --ask "What is the capital of France?"
 
 Terms (Kaplan et al. 2026, arXiv:2604.15574): *factual plasticity* is accuracy on the Unknown facts that are
 trained on, *factual stability* accuracy on held-out HighlyKnown facts that are never trained on, *forgetting* the
@@ -11,15 +13,17 @@ drop of the latter, here in points from the model before stage 2 to the model af
 """
 import argparse
 import functools
+import hashlib
 import json
 import math
 import re
 import string
 import sys
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
+ORIGINS = ["of a new fact, name shared", "of another new fact", "of the relation", "anything else"]     # see `provenance`
 SETS = {"unknown": "train_unknown.jsonl", "known": "train_known.jsonl", "heldout": "heldout_known.jsonl"}
 
 
@@ -184,14 +188,62 @@ def read_run(folder):
     return {"name": folder.name, "run": run, "metrics": stages, "answers": read_jsonl(folder / "answers.jsonl", needed)}
 
 
+def trained_facts(run):
+    """The rows that a run (of `read_run`) was trained on, {"unknown", "known": list}, or None.
+
+    They are where run.json says and as they were then (by hash), or else there is no telling what the model was taught."""
+    config, rows = run["run"]["config"], {}
+    for key, own in (("unknown", config["train"]), ("known", config["known"])):
+        path = Path(own or Path(config["facts"]) / SETS[key])
+        if (own or not config["train"]) and path.is_file():
+            rows[key] = read_jsonl(path, ["prompt", "completion"])
+            if hashlib.sha256(json.dumps(rows[key]).encode()).hexdigest() != run["run"]["data"].get(key):
+                return None
+    return rows if rows.keys() == run["run"]["data"].keys() - {"heldout"} else None
+
+
 # ------------------------------------------------------------------------------------------------------ comparison
+
+def provenance(run):
+    """Where the new answers come from of held-out facts that were right before and are wrong after: dict, or None.
+
+    "counts": {origin: int}, the first of ORIGINS that holds: the answer is one of a new fact whose subject shares a word
+    with the fact's, of another new fact, of any fact of the relation, or none of these. "chance": {origin: share}, had each
+    of these answers been that of a fact of the relation, drawn at random from those that are wrong here; "examples": the
+    rows with their origin. None where rows have no subject and relation, or where the trained rows are not there."""
+    trained, wrong = trained_facts(run), [a for a in run["answers"] if a["right_before"] and not a["right_after"]]
+    everything = [*run["answers"], *(row for rows in (trained or {}).values() for row in rows)]
+    if trained is None or not all("subject" in row and "relation" in row for row in everything):
+        return None
+    words = lambda row: set(normalize(row["subject"]).split())
+    taught, objects = defaultdict(set), defaultdict(Counter)
+    for row in trained.get("unknown", []) if not run["run"]["config"].get("no_unknown") else []:
+        for answer in accepted_answers(row):
+            taught[normalize(answer)] |= words(row)
+    for row in everything:
+        objects[row["relation"]][normalize(accepted_answers(row)[0])] += 1
+
+    def origin(row, answer):
+        if answer in taught:
+            return ORIGINS[0] if words(row) & taught[answer] else ORIGINS[1]
+        return ORIGINS[2] if answer in objects[row["relation"]] else ORIGINS[3]
+
+    chance = Counter()
+    for row in wrong:
+        others = {o: n for o, n in objects[row["relation"]].items() if not exact_match(o, accepted_answers(row))}
+        for answer, n in others.items():
+            chance[origin(row, answer)] += n / sum(others.values()) / len(wrong)
+    examples = [row | {"origin": origin(row, normalize(row["after"]))} for row in wrong]
+    counts = Counter(row["origin"] for row in examples)
+    return {"counts": {o: counts[o] for o in ORIGINS}, "chance": {o: chance[o] for o in ORIGINS}, "examples": examples}
 
 def compare(runs):
     """Summarise `runs` (from `read_run`) and test each against the first.
 
     Returns a list of dicts, one a run: accuracies in 0..1 with Wilson intervals, `forgetting` and `peak_forgetting` in
     points of held-out accuracy (before − after, and highest epoch − after), `mcnemar` against the first run when both
-    were scored on the same held-out rows (by the hash in run.json), and held-out before/after `by` relation and kind."""
+    were scored on the same held-out rows (by the hash in run.json), held-out before/after `by` relation and kind, and the
+    `provenance` of the hallucinations."""
     table = []
     for run in runs:
         before = [a["right_before"] for a in run["answers"]]
@@ -216,12 +268,13 @@ def compare(runs):
                         groups[a[key]].append((a["right_before"], a["right_after"]))
                 row["by"][key] = {g: {"n": len(v), "before": sum(b for b, _ in v) / len(v),
                                       "after": sum(a for _, a in v) / len(v)} for g, v in sorted(groups.items())}
+            row["provenance"] = provenance(run)
         table.append(row)
     return table
 
 
-def show(table):
-    """Print what `compare` returned, as text."""
+def show(table, examples=0):
+    """Print what `compare` returned, as text, with so many examples of hallucinations a run."""
     share = lambda x: "   –" if x is None or math.isnan(x) else f"{x:.3f}"
     width = max(len(row["run"]) for row in table)
     print(f"{'run':{width}}  Unknown learnt  Known trained  Known held out, before → after (95 % interval)  forgetting")
@@ -245,30 +298,50 @@ def show(table):
             cells = [row.get("by", {}).get(key, {}).get(group) for row in table]
             print(f"  {group:16} n = {max(c['n'] for c in cells if c):<6}"
                   + "   ".join(f"{c['before']:.3f} → {c['after']:.3f}" if c else f"{'–':^13}" for c in cells))
+    found = [row.get("provenance") for row in table]
+    if any(f and f["examples"] for f in found):
+        print("\nright before and wrong after: the new answer is one … (share, and share by chance)")
+        for origin in ORIGINS:
+            cells = [f and (f["counts"][origin], 100 * f["counts"][origin] / max(1, len(f["examples"])), 100 * f["chance"][origin])
+                     for f in found]
+            print(f"  {origin:28}" + "   ".join("{:4} ({:3.0f} %, {:3.0f} %)".format(*c) if c else f"{'–':^18}" for c in cells))
+    for row, f in zip(table, found):
+        for example in f["examples"][:examples] if f else []:
+            print(f"{row['run']}: {example['prompt']} {example['before']} → {example['after']}   ({example['origin']})")
 
 
 def plot(runs, path):
-    """Draw accuracy by epoch of stage 2, one line a run, one panel a fact set, into `path` (needs matplotlib)."""
+    """Draw runs (from `read_run`) into `path`: both accuracies by epoch, and the plane of new facts learnt against held-out
+    facts kept. Runs that differ in the seed alone share a colour and are joined; needs matplotlib."""
     try:
         import matplotlib
     except ImportError:
         fail("--plot needs matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    settings = defaultdict(list)               # runs by all that was set but the seed and where things lie
+    for run in runs:
+        config = {k: v for k, v in run["run"]["config"].items() if k not in ("seed", "facts", "out", "overwrite", "device")}
+        settings[json.dumps([run["run"]["method"], config], sort_keys=True)].append(run)
+    colours = ["#d1495b", "#2e86ab", "#edae49", "#66a182", "#8d6cab", "#00798c", "#c97b3d", "#7f7f7f", "#b5838d", "#a0b03f"]
     # Mid-grey ink on a transparent ground reads in light and in dark mode.
     ink = {"text.color": "#808080", "axes.labelcolor": "#808080", "axes.edgecolor": "#808080", "xtick.color": "#808080",
            "ytick.color": "#808080", "font.size": 12, "axes.spines.top": False, "axes.spines.right": False}
-    titles = {"unknown": "new facts learnt", "known": "known facts, trained on", "heldout": "known facts, held out"}
     with plt.rc_context(ink):
-        figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True)
-        for panel, (key, title) in zip(axes, titles.items()):
-            for colour, run in zip(["#d1495b", "#2e86ab", "#edae49", "#66a182", "#8d6cab"] * len(runs), runs):
-                points = [(m["epoch"], m[key]) for m in run["metrics"] if m.get(key) is not None]
-                panel.plot(*zip(*points) if points else ([], []), color=colour, linewidth=2.4, label=run["name"])
-            panel.set(title=title, xlabel="epoch of stage 2", ylim=(0, 1.02))
-        axes[0].set_ylabel("accuracy")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=min(len(runs), 4), frameon=False)
-        figure.tight_layout(rect=(0, 0.1, 1, 1))
+        figure, (learnt, kept, plane) = plt.subplots(1, 3, figsize=(11, 3.6 + 0.3 * ((len(settings) - 1) // 3)), sharey=True)
+        for colour, same in zip(colours * len(settings), settings.values()):
+            name = same[0]["name"].removesuffix(f"-{same[0]['run']['config']['seed']}")
+            for panel, key in ((learnt, "unknown"), (kept, "heldout")):
+                for run in same:
+                    points = [(m["epoch"], m[key]) for m in run["metrics"] if m.get(key) is not None]
+                    panel.plot(*zip(*points) if points else ([], []), color=colour, linewidth=2.4 if len(runs) < 4 else 1.4)
+            ends = [(m["unknown"], m["heldout"]) for m in (run["metrics"][-1] for run in same) if {"unknown", "heldout"} <= m.keys()]
+            plane.plot(*zip(*ends) if ends else ([], []), color=colour, marker="o", linewidth=1, alpha=0.9, label=name)
+        learnt.set(title="new facts learnt", xlabel="epoch of stage 2", ylabel="accuracy", ylim=(0, 1.02))
+        kept.set(title="known facts, held out", xlabel="epoch of stage 2")
+        plane.set(title="kept against learnt", xlabel="new facts learnt", xlim=(0, 1.04))
+        figure.legend(*plane.get_legend_handles_labels(), loc="lower center", ncols=min(len(settings), 3), frameon=False)
+        figure.tight_layout(rect=(0, 0.1 + 0.06 * ((len(settings) - 1) // 3), 1, 1))
         temporary = Path(f"{path}.part")
         try:
             figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png", transparent=True, dpi=110)
@@ -314,6 +387,21 @@ def load_model(name, device="cpu"):
     return model.to(device).eval(), tokenizer
 
 
+def ask(runs, folders, question, device, dtype):
+    """Print the answer to one question (str) of the models that `runs` started from and of theirs, in `folders`."""
+    import torch
+    starts = {}
+    for run in runs:
+        config = run["run"]["config"]
+        starts[f"{config['model']}, before"] = Path(config["facts"]) / "base" if config["model"] == "tiny" else config["model"]
+    models = starts | {run["name"]: folder for run, folder in zip(runs, folders)}
+    for name, path in models.items():
+        model, tokenizer = load_model(path, device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            answer, = generate_answers(model, tokenizer, [f"Q: {question}\nA:"])
+        print(f"{name:{max(map(len, models))}}  {answer}")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
@@ -324,8 +412,10 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
                         help="autocast precision (default: auto, the fast one of the device)")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N hallucinations of each run, before and after")
+    parser.add_argument("--ask", metavar="QUESTION", help="put it to the start model and to each run's, side by side")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw accuracy by epoch, one line a run")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw accuracy by epoch, and kept against learnt")
     args = parser.parse_args(argv)
     if bool(args.model) == bool(args.runs):
         fail("name run folders to compare, or --model with --facts to score one model (see --help)")
@@ -333,13 +423,15 @@ def main(argv=None):
         fail(f"--batch-size {args.batch_size}: must be at least 1")
     if args.runs:
         runs = [read_run(folder) for folder in args.runs]
+        if args.ask:
+            return ask(runs, args.runs, args.ask, *device_and_dtype(args.device, args.dtype))
         table = compare(runs)
-        print(json.dumps(table, indent=1)) if args.json else show(table)
+        print(json.dumps(table, indent=1)) if args.json else show(table, args.show)
         return plot(runs, args.plot) if args.plot else None
     if not args.facts:
         fail("--model needs --facts DIR, a folder that make_facts.py wrote")
-    if args.plot:
-        fail("--plot draws run folders, not --model")
+    if args.plot or args.ask or args.show:
+        fail("--plot, --ask and --show take run folders, not --model")
     rows = {key: read_jsonl(Path(args.facts) / file, ["prompt", "completion"]) for key, file in SETS.items()}
     import torch
     device, dtype = device_and_dtype(args.device, args.dtype)

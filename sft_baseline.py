@@ -263,6 +263,7 @@ def train(config):
     if out.exists() and not (config.overwrite and (out / "run.json").exists()):
         fail(f"--out {out}: exists already; --overwrite replaces it if it is a run folder")
     device, dtype = device_and_dtype(config)
+    print(*(f"{key} = {value}" for key, value in asdict(config).items()), sep="\n", flush=True)
     files = fact_files(config)
     sets = {key: read_rows(path) for key, path in files.items()}
     model, tokenizer = load_model(Path(config.facts) / "base" if config.model == "tiny" else config.model, device)
@@ -275,7 +276,6 @@ def train(config):
         model.generation_config.save_pretrained(temporary)          # may be invalid: better known now than after training
     except (OSError, ValueError) as error:
         fail(f"--out {out}: cannot be written ({str(error).splitlines()[0]})")
-    print(*(f"{key} = {value}" for key, value in asdict(config).items()), sep="\n")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}, autocast {dtype}",
           *(f"{len(rows)} {key} rows" for key, rows in sets.items()),
           f"{sum(len(ids) for ids, _ in mixture):,} tokens an epoch", sep=", ", flush=True)

@@ -1,14 +1,14 @@
-"""Freezing: supervised fine-tuning (SFT) that trains some groups of parameters and cannot write facts into the others.
+"""Freezing: supervised fine-tuning (SFT) of some groups of parameters, which learns a task and hardly any facts.
 
 Fine-tune a language model on facts that it does not know, and it starts to get wrong facts that it did know
-(Kaplan et al. 2026, arXiv:2604.15574). Where no new facts are needed, this script suppresses that they are learnt:
+(Kaplan et al. 2026, arXiv:2604.15574). Where no new ones are needed, train only what does not store them:
 
     L = CE                                      over θ of --trainable roles in --layers; all other weights stay as they are
-    L = CE + W · ‖θ − θ_before‖²                the soft freeze, --l2 W: the control against self-distillation
+    L = CE + W · ‖θ − θ_before‖²                the soft freeze, --l2 W: what self-distillation is compared with
 
 Stage 1 (--format-epochs) trains on known facts only, with CE: the model learns the form of the task. The result is
 *the model before*: what it knows is what can be forgotten. Stage 2 (--epochs) adds the new facts, with a fresh optimizer.
-sft_freeze.py differs from sft_baseline.py in the frozen weights of both stages and the loss of stage 2: run diff on them.
+sft_freeze.py differs from sft_baseline.py in what is frozen, in both stages, and the loss of stage 2: run diff on the two.
 
 On a laptop, an invented world, made first:           python sft_freeze.py
 On a GPU, real facts, found first by make_facts.py:   python sft_freeze.py --model gpt2-medium
@@ -36,7 +36,7 @@ from tqdm import tqdm
 METHOD = "freeze"
 ROLES = {       # what a parameter is for, by its name in GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT and Phi
     "attention": r"\.(attn|self_attn|attention)\.(?!\w*norm)", "mlp": r"\.(mlp|fc1|fc2)\.", "norms": r"(norm|\.ln_\w+)\.",
-    "embeddings": r"\.(wte|wpe|embed_tokens|embed_positions|embed_in|project_in)\.", "head": r"(lm_head|embed_out|project_out)\."}
+    "embeddings": r"\.(wte|wpe|embed_(tokens|positions|in)|project_in)\.", "head": r"(lm_head|embed_out|project_out)\."}
 option = lambda default, consequence, **more: field(default=default, metadata={"help": consequence, **more})
 
 
@@ -63,9 +63,9 @@ class Config:   # each field is a flag; its consequence is the flag's line in --
     grad_clip: float = option(1.0, "largest norm of the gradient", least=1e-6)
     seed: int = option(0, "of the data order; the facts have a seed of their own")
     # the method
-    trainable: str = option(None, f"list of {', '.join(ROLES)}; or all", shown="attention; with --l2 all")
+    trainable: str = option(None, f"a list of {', '.join(ROLES)}; or all", shown="attention; with --l2 all")
     layers: str = option(None, "A-B: only blocks A to B, counted from 0, and nothing outside the blocks", shown="all")
-    l2: float = option(0.0, "W: how hard the weights are held to where stage 2 found them; each step costs a pass over them")
+    l2: float = option(None, "W: hold what is trainable to where stage 2 found it, instead of freezing", shown="off")
     # the machine
     device: str = option("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = option("auto", "autocast precision", choices=["auto", "float32", "bfloat16", "float16"])
@@ -88,7 +88,6 @@ def parse(argv=None):
         parser.add_argument(flag, default=f.default, help=f"{m['help']} (default: {shown})", **kind)
     config = Config(**vars(parser.parse_args(argv)))
     config.facts = config.facts or f"facts/{Path(config.model).name}"
-    config.trainable = config.trainable or ("all" if config.l2 else "attention")
     config.out = config.out or f"runs/{METHOD}-{Path(config.model).name}-{config.seed}"
     for f in fields(config):
         if getattr(config, f.name) is None and "tiny" in f.metadata:
@@ -204,44 +203,49 @@ def cross_entropy(logits, batch, window):
     return ce, {"ce": ce.item()}
 
 
-def l2_to_before(logits, batch, window, model, before, config):
-    """CE + W · ‖θ − θ_before‖²: (loss, terms to log). Arguments as in `cross_entropy`; before: {name: weights}.
+def l2_to_before(logits, batch, window, model, start, config):
+    """CE + W · ‖θ − θ_before‖²: (loss, terms to log). Arguments as in `cross_entropy`; start: {name: weights}.
 
-    Costs a copy of the trained weights and a pass over them. The distance counts once a window, however it is cut."""
+    Costs two copies of the trained weights (`start`, and the differences until backward) and a pass over them in each
+    batch. The distance is shared out among the window's batches, so that it counts once however the window is cut."""
     ce, terms = cross_entropy(logits, batch, window)
     share = batch["supervised"].sum() / window["supervised"]
-    distance = share * sum((p - before[name]).square().sum() for name, p in model.named_parameters() if name in before)
+    distance = share * sum((p - start[name]).square().sum() for name, p in model.named_parameters() if name in start)
     return ce + config.l2 * distance, terms | {"distance": distance.item()}
 
 
 def freeze(model, config):
     """Make only the parameters of `--trainable` roles in `--layers` trainable, and print the split.
 
-    Each parameter must have exactly one role, or the program ends: a freeze that overlooks a weight freezes nothing.
-    Frozen ones get no gradient, and AdamW passes over what has none, with its decay too: they stay as they are, bit for bit.
-    A head that is the embeddings' own matrix (tied) is trained with either."""
-    weights = dict(model.named_parameters())                        # a tied head is in it once, as embeddings
-    roles = {name: {role for role, pattern in ROLES.items() if re.search(pattern, name)} for name in weights}
-    if odd := [name for name in weights if len(roles[name]) != 1]:
+    Each parameter must have exactly one role, or the program ends: what a freeze overlooks goes on learning. Frozen ones
+    get no gradient, and AdamW skips what has none, weight decay included: they stay as they are, bit for bit. A head that
+    is the embeddings' own matrix (tied) is trained with either."""
+    weights = dict(model.named_parameters())                        # a tied head is among them once, as embeddings
+    fits = {name: [role for role, pattern in ROLES.items() if re.search(pattern, name)] for name in weights}
+    if odd := [name for name, roles in fits.items() if len(roles) != 1]:
         fail(f"--model {config.model}: cannot be split into roles: {len(odd)} parameters fit none or several, {odd[0]} first")
-    tied = [name for name, p in weights.items() if p is model.get_output_embeddings().weight and "head" not in roles[name]]
-    roles |= {name: {"embeddings", "head"} for name in tied}
-    block = {name: int(found[1]) for name in weights if (found := re.search(r"\.(?:h|layers)\.(\d+)\.", name))}
-    span = re.fullmatch(r"(\d+)-(\d+)", config.layers or f"0-{max(block.values())}")
-    if not span or not int(span[1]) <= int(span[2]) <= max(block.values()):
-        fail(f"--layers {config.layers}: must be A-B, of the blocks 0 to {max(block.values())}")
-    inside = [name for name in weights if not config.layers or int(span[1]) <= block.get(name, -1) <= int(span[2])]
-    wanted = list(ROLES) if config.trainable == "all" else config.trainable.split(",")
-    count = lambda role, names: sum(weights[name].numel() for name in names if role in roles[name])
+    split = {role: [name for name in weights if fits[name] == [role]] for role in ROLES}
+    tied = [name for name in split["embeddings"] if weights[name] is model.get_output_embeddings().weight]
+    split["head"] += tied
+    if config.layers is not None:
+        block = {name: int(found[1]) for name in weights if (found := re.search(r"\.(?:h|layers)\.(\d+)\.", name))}
+        highest, span = max(block.values(), default=-1), re.fullmatch(r"(\d+)-(\d+)", config.layers)
+        first, last = map(int, span.groups()) if span else (1, 0)
+        if not first <= last <= highest:
+            fail(f"--layers {config.layers}: must be A-B, of the blocks 0 to {highest}")
+        split = {role: [name for name in names if first <= block.get(name, -1) <= last] for role, names in split.items()}
+    size = lambda names: sum(weights[name].numel() for name in names)
+    wanted = [role for role in ROLES if split[role]] if config.trainable == "all" else config.trainable.replace(" ", "").split(",")
     for role in wanted:
-        if config.trainable != "all" and not count(role, inside):
-            there = ", ".join(f"{role} {count(role, inside):,}" for role in ROLES)
-            fail(f"--trainable {role}: matches no parameter; within --layers {config.layers or 'all'} there are: {there}")
+        if not split.get(role):
+            fail(f"--trainable {role}: matches no weight in --layers {config.layers or 'all'}; there are "
+                 + ", ".join(f"{role} ({size(names):,} weights)" for role, names in split.items()))
+    trained = {name for role in wanted for name in split[role]}
     for name, p in weights.items():
-        p.requires_grad_(name in inside and not roles[name].isdisjoint(wanted))
-    for role in ROLES:
-        print(f"{role:10} {count(role, weights):>13,} parameters,", f"{count(role, [n for n in inside if weights[n].requires_grad]):>13,} "
-              "trainable", "(head and embeddings are one matrix)" * (role in ("head", "embeddings") and bool(tied)))
+        p.requires_grad_(name in trained)
+    for role, names in split.items():
+        print(f"{role:10} {size(trained.intersection(names)):>13,} of {size(names):>13,} weights are trained",
+              "(embeddings and head are one matrix)" * bool(tied and role in ("embeddings", "head")))
 
 
 def get_lr(step, total, config):
@@ -312,7 +316,9 @@ def train(config):
     out = Path(config.out)
     if out.exists() and not (config.overwrite and (out / "run.json").exists()):
         fail(f"--out {out}: exists already; --overwrite replaces it if it is a run folder")
+    config.trainable = config.trainable or ("attention" if config.l2 is None else "all")
     device, dtype = device_and_dtype(config)
+    print(*(f"{key} = {value}" for key, value in asdict(config).items()), sep="\n", flush=True)
     files = fact_files(config)
     sets = {key: read_rows(path) for key, path in files.items()}
     model, tokenizer = load_model(Path(config.facts) / "base" if config.model == "tiny" else config.model, device)
@@ -326,7 +332,6 @@ def train(config):
         model.generation_config.save_pretrained(temporary)          # may be invalid: better known now than after training
     except (OSError, ValueError) as error:
         fail(f"--out {out}: cannot be written ({str(error).splitlines()[0]})")
-    print(*(f"{key} = {value}" for key, value in asdict(config).items()), sep="\n")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}, autocast {dtype}",
           *(f"{len(rows)} {key} rows" for key, rows in sets.items()),
           f"{sum(len(ids) for ids, _ in mixture):,} tokens an epoch", sep=", ", flush=True)
@@ -351,9 +356,10 @@ def train(config):
     metrics.append({"stage": 2, "epoch": 0, **{key: s["accuracy"] for key, s in before.items()}})
 
     # Stage 2: known and new facts together (--no-unknown: known ones alone).
-    before_weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad and config.l2}
-    soft = lambda logits, batch, window: l2_to_before(logits, batch, window, model, before_weights, config)
-    loss_function = soft if config.l2 else cross_entropy
+    loss_function = cross_entropy
+    if config.l2 is not None:
+        start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        loss_function = lambda logits, batch, window: l2_to_before(logits, batch, window, model, start, config)
     after = run_stage(2, model, mixture, config.epochs, loss_function, score, metrics, device, dtype, config)
 
     run = {"method": METHOD, "config": asdict(config), "device": str(device), "dtype": str(dtype),
@@ -374,8 +380,8 @@ def train(config):
     if evaluator:
         evaluator.show(evaluator.compare([evaluator.read_run(out)]))
     if after and not config.no_unknown and after["unknown"]["accuracy"] < 0.1:
-        print(f"advice: the new facts were not learnt; training {config.trainable} suppresses that. Where none are needed, that "
-              "is its use; where they are, use sft_selfdistill.py")
+        print(f"advice: the new facts were not learnt, training {config.trainable} (--l2 {config.l2}). Where none are needed, that is "
+              "what freezing is for (--no-unknown); where they are, use sft_selfdistill.py")
     print(f"saved {out}")
     return metrics
 

@@ -1,4 +1,8 @@
-"""One small invented world, made once, and a tiny model of each sort, shared by all tests."""
+"""One small invented world, made once and shared by all tests, and two ways to run a script."""
+import contextlib
+import importlib
+import io
+import json
 import os
 import subprocess
 import sys
@@ -13,8 +17,29 @@ sys.path.insert(0, str(ROOT))
 SMALL_WORLD = ["--n-names", "40", "--n-codes", "12", "--width", "64", "--pretrain-epochs", "60", "--n-new", "24"]
 
 
+def rows_of(path):
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def call(folder, script, *words, ok=True):
+    """Run the `main` of a script of this project in `folder`, in this process: starting another one takes seconds."""
+    module, out, err, status, before = importlib.import_module(script), io.StringIO(), io.StringIO(), 0, os.getcwd()
+    words = [str(word) for word in words]
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            module.train(module.parse(words)) if script.startswith("sft_") else module.main(words)
+    except SystemExit as stopped:
+        status = stopped.code
+    finally:
+        os.chdir(before)
+    assert (status == 0) == ok, f"{script} {words}\n{out.getvalue()}\n{err.getvalue()}"
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
+
+
 def run(folder, *words, ok=True):
-    """Run a script of this project in `folder` as a user would; returns the finished process, its output as text."""
+    """Run a script of this project in `folder` as a user would, in a process of its own; returns it, its output as text."""
     done = subprocess.run([sys.executable, *map(str, words)], cwd=folder, capture_output=True, text=True, encoding="utf-8",
                           env=os.environ | {"PYTHONIOENCODING": "utf-8"})
     assert (done.returncode == 0) == ok, f"{words}\n{done.stdout}\n{done.stderr}"

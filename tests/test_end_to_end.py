@@ -8,23 +8,19 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, call, rows_of, run
 
 import eval_hallucination
 import make_facts
 
-METHODS = ["sft_baseline", "sft_selfdistill"]
+METHODS = ["sft_baseline", "sft_selfdistill", "sft_freeze"]
 PICTURES = importlib.util.find_spec("matplotlib") is not None          # optional, see requirements.txt
-
-
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_run_folder(workplace, method):
     name = method.removeprefix("sft_")
-    done = run(workplace, f"{method}.py", "--epochs", 2, "--accumulate", 2, "--batch-size", 16)
+    done = call(workplace, method, "--epochs", 2, "--accumulate", 2, "--batch-size", 16)
     out = workplace / "runs" / f"{name}-tiny-0"
     assert done.stdout.strip().endswith(f"saved runs/{name}-tiny-0") and "learning_rate = 0.0004" in done.stdout
     metrics, answers, stored = rows_of(out / "metrics.jsonl"), rows_of(out / "answers.jsonl"), json.loads((out / "run.json").read_text())
@@ -38,13 +34,13 @@ def test_run_folder(workplace, method):
     # the checkpoint is an ordinary one, and scores what the run says
     model, tokenizer = eval_hallucination.load_model(out)
     assert eval_hallucination.evaluate(model, tokenizer, heldout)["accuracy"] == pytest.approx(metrics[-1]["heldout"])
-    scored = json.loads(run(workplace, "eval_hallucination.py", "--model", out, "--facts", "facts/tiny", "--json").stdout)
+    scored = json.loads(call(workplace, "eval_hallucination", "--model", out, "--facts", "facts/tiny", "--json").stdout)
     assert {key: scored[key]["accuracy"] for key in make_facts.SETS} == pytest.approx({key: metrics[-1][key] for key in make_facts.SETS})
     # not twice into one folder
-    again = run(workplace, f"{method}.py", "--epochs", 1, ok=False)
+    again = call(workplace, method, "--epochs", 1, ok=False)
     assert again.returncode == 2 and "--overwrite" in again.stderr and len(again.stderr.splitlines()) == 1
     assert rows_of(out / "metrics.jsonl") == metrics
-    run(workplace, f"{method}.py", "--epochs", 1, "--overwrite", "--format-epochs", 0)
+    call(workplace, method, "--epochs", 1, "--overwrite", "--format-epochs", 0)
     assert [m["epoch"] for m in rows_of(out / "metrics.jsonl")] == [0, 1]
     assert [p.name for p in (workplace / "runs").iterdir()] == [out.name]
 
@@ -52,7 +48,7 @@ def test_run_folder(workplace, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_same_seed_same_run(workplace, method):
     for out, seed in (("a", 5), ("b", 5), ("c", 6)):
-        run(workplace, f"{method}.py", "--epochs", 1, "--seed", seed, "--out", out)
+        call(workplace, method, "--epochs", 1, "--seed", seed, "--out", out)
     weights = [(workplace / out / "model.safetensors").read_bytes() for out in "abc"]
     assert weights[0] == weights[1] != weights[2]
 

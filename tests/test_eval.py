@@ -1,12 +1,13 @@
 """eval_hallucination.py: answers, matching, statistics against hand-computed cases, and the comparison of runs."""
+import hashlib
 import importlib.util
 import json
 import math
 
 import pytest
 import torch
-from eval_hallucination import (compare, encode_prompt, evaluate, exact_match, generate_answers, mcnemar, normalize, plot,
-                                read_jsonl, read_run, stop_ids, wilson)
+from eval_hallucination import (ORIGINS, compare, encode_prompt, evaluate, exact_match, generate_answers, mcnemar, normalize,
+                                plot, provenance, read_jsonl, read_run, stop_ids, wilson)
 
 
 def test_normalize_and_exact_match():
@@ -78,10 +79,13 @@ def test_evaluate(base, world):
     assert evaluate(*base, wrong + rows[:4])["accuracy"] == 0.5 and math.isnan(evaluate(*base, [])["accuracy"])
 
 
+CONFIG = {"model": "tiny", "facts": "no-such-folder", "train": None, "known": None, "heldout": None, "seed": 0}
+
+
 def make_run(folder, after, heldout="same", **answer):
     """A run folder by hand: eight held-out facts, all right before, `after` says which are afterwards."""
     folder.mkdir()
-    (folder / "run.json").write_text(json.dumps({"method": "x", "data": {"heldout": heldout}}), encoding="utf-8")
+    (folder / "run.json").write_text(json.dumps({"method": "x", "data": {"heldout": heldout}, "config": CONFIG}), encoding="utf-8")
     metrics = [{"stage": 1, "epoch": 1, "heldout": 0.1}] + [
         {"stage": 2, "epoch": i, "unknown": i / 2, "known": 1.0, "heldout": h} for i, h in enumerate((1.0, 1.0, sum(after) / 8))]
     answers = [{"relation": "ab"[i % 2], "kind": "name", "before": "x", "after": "y", "right_before": True, "right_after": a, **answer}
@@ -103,9 +107,37 @@ def test_compare(tmp_path):
     assert a["by"]["relation"] == {"a": {"n": 4, "before": 1.0, "after": 1.0}, "b": {"n": 4, "before": 1.0, "after": 0.0}}
 
 
+def test_provenance_by_hand(tmp_path):
+    """Five hallucinations of every origin; chance: the relation's other answers, each as often as it stands there."""
+    fact = lambda subject, relation, answer: {"prompt": f"Q: {relation} of {subject}?\nA:", "completion": f" {answer}\n",
+                                              "answers": [answer], "subject": subject, "relation": relation}
+    unknown = [fact("Ann Ash", "job", "Baker"), fact("Bob Elm", "job", "Smith"), fact("Cid Oak", "home", "Ulm")]
+    known = [fact("Dee Fir", "job", "Cook"), fact("Eve Yew", "job", "Cook")]
+    # subject, right answer, new answer
+    heldout = [("Ann Yew", "Monk", "Baker"), ("Ann Fir", "Monk", "smith."), ("Gus Oak", "Monk", "Ulm"), ("Gus Elm", "Monk", "Cook"),
+               ("Gus Fir", "Monk", "Nobody"), ("Gus Yew", "Monk", "Monk")]
+    data = {}
+    for key, rows in (("unknown", unknown), ("known", known)):
+        (tmp_path / f"train_{key}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+        data[key] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    answers = [fact(s, "job", a) | {"before": a, "after": b, "right_before": True, "right_after": a == b} for s, a, b in heldout]
+    run = {"run": {"config": CONFIG | {"facts": str(tmp_path)}, "data": data | {"heldout": "x"}}, "answers": answers}
+    found = provenance(run)
+    assert [e["origin"] for e in found["examples"]] == [ORIGINS[0], ORIGINS[1], ORIGINS[0], ORIGINS[2], ORIGINS[3]]
+    assert found["counts"] == dict(zip(ORIGINS, [2, 1, 1, 1]))
+    # the relation's other answers are Baker, Smith, Cook, Cook; Baker shares a name with two of five subjects, Smith with Gus Elm
+    assert found["chance"] == pytest.approx(dict(zip(ORIGINS, [(2 + 1) / 4 / 5, (3 + 4) / 4 / 5, 2 / 4, 0])))
+    # a run without new facts cannot have answers of theirs; other rows than the run's tell nothing
+    run["run"]["config"]["no_unknown"] = True
+    assert provenance(run)["counts"] == dict(zip(ORIGINS, [0, 0, 3, 2]))
+    run["run"]["data"]["known"] = "other"
+    assert provenance(run) is None
+
+
 def test_plot(tmp_path, capsys):
     """A picture with matplotlib; without it one line that says how to get it."""
-    runs, picture = [make_run(tmp_path / "a", [True, False] * 4)], tmp_path / "plot.png"
+    runs = [make_run(tmp_path / "a", [True, False] * 4), make_run(tmp_path / "b", [True] * 8)]
+    picture = tmp_path / "plot.png"
     if importlib.util.find_spec("matplotlib"):
         plot(runs, str(picture))
         assert picture.read_bytes().startswith(b"\x89PNG") and len(picture.read_bytes()) > 5000

@@ -12,7 +12,7 @@ from conftest import ROOT
 import sft_baseline
 import sft_selfdistill
 
-METHODS = ["sft_baseline", "sft_selfdistill"]
+METHODS = ["sft_baseline", "sft_selfdistill", "sft_freeze"]
 
 
 @pytest.fixture
@@ -225,7 +225,8 @@ def test_shared_functions_are_identical():
     trees = {name: {node.name: ast.dump(node) for node in ast.parse((ROOT / f"{name}.py").read_text("utf-8")).body
                     if isinstance(node, ast.FunctionDef)} for name in METHODS}
     shared = set.intersection(*(set(tree) for tree in trees.values())) - {"train"}
-    assert len(shared) >= 14
+    assert len(shared) >= 13
     for name in shared:
         assert len({tree[name] for tree in trees.values()}) == 1, f"{name} differs between {METHODS}"
     assert set(trees["sft_selfdistill"]) - set(trees["sft_baseline"]) == {"self_distillation"}
+    assert set(trees["sft_freeze"]) - set(trees["sft_baseline"]) == {"freeze", "l2_to_before"}
