@@ -2,7 +2,7 @@
 
 Score one model on the three fact sets of a folder that make_facts.py wrote:
     python eval_hallucination.py --model runs/selfdistill-tiny-0 --facts facts/tiny
-Compare runs of the sft_*.py scripts from the files that they left (no model is loaded):
+Compare runs of the sft_*.py scripts from the files that they left and their facts (no model is loaded):
     python eval_hallucination.py runs/baseline-tiny-0 runs/selfdistill-tiny-0 --show 5 --plot accuracy.png
 Put one question to the model that they started from and to theirs:
     python eval_hallucination.py runs/baseline-tiny-0 runs/selfdistill-tiny-0 --ask "What is the capital of France?"
@@ -23,7 +23,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
 
-ORIGINS = ["of a new fact, name shared", "of another new fact", "of the relation", "anything else"]     # see `provenance`
+ORIGINS = ["that of a new fact, name shared", "that of another new fact", "another of the relation", "none of these"]
 SETS = {"unknown": "train_unknown.jsonl", "known": "train_known.jsonl", "heldout": "heldout_known.jsonl"}
 
 
@@ -179,63 +179,66 @@ def read_run(folder):
         fail(f"{folder}: no run.json there; name folders that an sft_*.py script wrote with --out")
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        fail(f"{folder / 'run.json'}: cannot be read ({error})")
+        run["method"], run["data"], run["config"]["seed"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"{folder / 'run.json'}: is not what an sft_*.py script writes ({error!r})")
     stages = [row for row in read_jsonl(folder / "metrics.jsonl", ["stage", "epoch"]) if row["stage"] == 2]
     if not stages:
         fail(f"{folder / 'metrics.jsonl'}: no epoch of stage 2 in it; the run did not finish")
     needed = ["before", "after", "right_before", "right_after"]
-    return {"name": folder.name, "run": run, "metrics": stages, "answers": read_jsonl(folder / "answers.jsonl", needed)}
+    return {"name": str(folder), "run": run, "metrics": stages, "answers": read_jsonl(folder / "answers.jsonl", needed)}
 
 
 def trained_facts(run):
-    """The rows that a run (of `read_run`) was trained on, {"unknown", "known": list}, or None.
-
-    They are where run.json says and as they were then (by hash), or else there is no telling what the model was taught."""
-    config, rows = run["run"]["config"], {}
+    """The rows that a run (of `read_run`) was given to train on, {"unknown", "known": list}; None where the files are not
+    where run.json says, or not as they were (by hash): then there is no telling what the model was taught."""
+    config, rows = run["run"]["config"], {"unknown": [], "known": []}
     for key, own in (("unknown", config["train"]), ("known", config["known"])):
-        path = Path(own or Path(config["facts"]) / SETS[key])
-        if (own or not config["train"]) and path.is_file():
-            rows[key] = read_jsonl(path, ["prompt", "completion"])
-            if hashlib.sha256(json.dumps(rows[key]).encode()).hexdigest() != run["run"]["data"].get(key):
+        if key in run["run"]["data"]:
+            path = Path(own or Path(config["facts"]) / SETS[key])
+            rows[key] = read_jsonl(path, ["prompt", "completion"]) if path.is_file() else []
+            if hashlib.sha256(json.dumps(rows[key]).encode()).hexdigest() != run["run"]["data"][key]:
                 return None
-    return rows if rows.keys() == run["run"]["data"].keys() - {"heldout"} else None
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------ comparison
 
 def provenance(run):
-    """Where the new answers come from of held-out facts that were right before and are wrong after: dict, or None.
+    """Where the new answers come from, of held-out facts that were right before and are wrong after: dict.
 
-    "counts": {origin: int}, the first of ORIGINS that holds: the answer is one of a new fact whose subject shares a word
-    with the fact's, of another new fact, of any fact of the relation, or none of these. "chance": {origin: share}, had each
-    of these answers been that of a fact of the relation, drawn at random from those that are wrong here; "examples": the
-    rows with their origin. None where rows have no subject and relation, or where the trained rows are not there."""
-    trained, wrong = trained_facts(run), [a for a in run["answers"] if a["right_before"] and not a["right_after"]]
-    everything = [*run["answers"], *(row for rows in (trained or {}).values() for row in rows)]
-    if trained is None or not all("subject" in row and "relation" in row for row in everything):
-        return None
+    "examples": these rows, with the `origin` of the new answer: the first of ORIGINS that holds. It is an answer of the
+    same relation, to a new fact whose subject shares a word with this one's; to another new fact; to any fact of the three
+    sets; or none of these. "counts": {origin: how many}; "chance": {origin: share, if each of these answers were that of a
+    fact of the relation drawn at random, from those that are wrong here}. No origins, counts {}, where the rows have no
+    subject and relation, or where the files that the run was trained on are not there any more."""
+    wrong = [a for a in run["answers"] if a["right_before"] and not a["right_after"]]
+    trained = trained_facts(run) or {}
+    everything = [*run["answers"], *(row for rows in trained.values() for row in rows)]
+    if not trained or not all(row.get("subject") and row.get("relation") for row in everything):
+        return {"counts": {}, "chance": {}, "examples": [row | {"origin": "origin unknown"} for row in wrong]}
     words = lambda row: set(normalize(row["subject"]).split())
+    right = lambda row: {normalize(answer) for answer in accepted_answers(row)}
     taught, objects = defaultdict(set), defaultdict(Counter)
-    for row in trained.get("unknown", []) if not run["run"]["config"].get("no_unknown") else []:
-        for answer in accepted_answers(row):
-            taught[normalize(answer)] |= words(row)
+    for row in [] if run["run"]["config"].get("no_unknown") else trained["unknown"]:
+        for answer in right(row):
+            taught[row["relation"], answer] |= words(row)
     for row in everything:
-        objects[row["relation"]][normalize(accepted_answers(row)[0])] += 1
+        objects[row["relation"]].update(right(row))
 
     def origin(row, answer):
-        if answer in taught:
-            return ORIGINS[0] if words(row) & taught[answer] else ORIGINS[1]
+        if (row["relation"], answer) in taught:
+            return ORIGINS[0] if words(row) & taught[row["relation"], answer] else ORIGINS[1]
         return ORIGINS[2] if answer in objects[row["relation"]] else ORIGINS[3]
 
-    chance = Counter()
+    examples, chance = [row | {"origin": origin(row, normalize(row["after"]))} for row in wrong], Counter()
     for row in wrong:
-        others = {o: n for o, n in objects[row["relation"]].items() if not exact_match(o, accepted_answers(row))}
+        others = {answer: n for answer, n in objects[row["relation"]].items() if answer not in right(row)}
         for answer, n in others.items():
             chance[origin(row, answer)] += n / sum(others.values()) / len(wrong)
-    examples = [row | {"origin": origin(row, normalize(row["after"]))} for row in wrong]
     counts = Counter(row["origin"] for row in examples)
     return {"counts": {o: counts[o] for o in ORIGINS}, "chance": {o: chance[o] for o in ORIGINS}, "examples": examples}
+
 
 def compare(runs):
     """Summarise `runs` (from `read_run`) and test each against the first.
@@ -256,15 +259,15 @@ def compare(runs):
             row |= {"before": sum(before) / n, "before_interval": wilson(sum(before), n), "after": sum(after) / n,
                     "after_interval": wilson(sum(after), n), "forgetting": 100 * (sum(before) - sum(after)) / n,
                     "peak_forgetting": 100 * (max(heldout) - heldout[-1])}
-            same = run["run"]["data"].get("heldout") == runs[0]["run"]["data"].get("heldout")
+            first = [a["right_after"] for a in runs[0]["answers"]]
+            same = run["run"]["data"].get("heldout") == runs[0]["run"]["data"].get("heldout") and len(first) == n
             if same and run is not runs[0]:
-                first = [a["right_after"] for a in runs[0]["answers"]]
                 row["mcnemar"] = dict(zip(("first_only", "this_only", "p"), mcnemar(first, after)))
             row["by"] = {}
             for key in ("relation", "kind"):
                 groups = defaultdict(list)
                 for a in run["answers"]:
-                    if key in a:
+                    if a.get(key):
                         groups[a[key]].append((a["right_before"], a["right_after"]))
                 row["by"][key] = {g: {"n": len(v), "before": sum(b for b, _ in v) / len(v),
                                       "after": sum(a for _, a in v) / len(v)} for g, v in sorted(groups.items())}
@@ -277,7 +280,8 @@ def show(table, examples=0):
     """Print what `compare` returned, as text, with so many examples of hallucinations a run."""
     share = lambda x: "   –" if x is None or math.isnan(x) else f"{x:.3f}"
     width = max(len(row["run"]) for row in table)
-    print(f"{'run':{width}}  Unknown learnt  Known trained  Known held out, before → after (95 % interval)  forgetting")
+    print(f"{'run':{width}}  Unknown learnt  Known trained  Known held out, before → after (95 % interval)  forgetting"
+          + "     against the first (McNemar)" * (len(table) > 1))
     for row in table:
         line = f"{row['run']:{width}}  {share(row['unknown']):14}  {share(row['known']):13}"
         if row["heldout_n"]:
@@ -285,9 +289,9 @@ def show(table, examples=0):
             line += (f"  {row['before']:.3f} → {row['after']:.3f} ({low:.3f}–{high:.3f}), n = {row['heldout_n']:<10}"
                      f"{row['forgetting']:5.1f} points")
         if test := row.get("mcnemar"):
-            line += f"   McNemar {test['first_only']} : {test['this_only']}, p = {test['p']:.2g}"
+            line += f"   {test['first_only']} right only there, {test['this_only']} only here, p = {test['p']:.2g}"
         elif row is not table[0] and row["heldout_n"]:
-            line += "   other held-out rows"
+            line += "   other held-out rows than the first"
         print(line)
     for key in ("relation", "kind"):
         groups = sorted({g for row in table for g in row.get("by", {}).get(key, {})})
@@ -298,21 +302,21 @@ def show(table, examples=0):
             cells = [row.get("by", {}).get(key, {}).get(group) for row in table]
             print(f"  {group:16} n = {max(c['n'] for c in cells if c):<6}"
                   + "   ".join(f"{c['before']:.3f} → {c['after']:.3f}" if c else f"{'–':^13}" for c in cells))
-    found = [row.get("provenance") for row in table]
-    if any(f and f["examples"] for f in found):
-        print("\nright before and wrong after: the new answer is one … (share, and share by chance)")
+    found = [row.get("provenance", {"counts": {}, "examples": []}) for row in table]
+    if any(f["counts"] and f["examples"] for f in found):
+        print("\nright before and wrong after: the new answer is … (share; by chance)")
         for origin in ORIGINS:
-            cells = [f and (f["counts"][origin], 100 * f["counts"][origin] / max(1, len(f["examples"])), 100 * f["chance"][origin])
-                     for f in found]
-            print(f"  {origin:28}" + "   ".join("{:4} ({:3.0f} %, {:3.0f} %)".format(*c) if c else f"{'–':^18}" for c in cells))
+            cells = [(f["counts"][origin], f["counts"][origin] / len(f["examples"]), f["chance"][origin])
+                     if f["counts"] and f["examples"] else None for f in found]
+            print(f"  {origin:32}" + "   ".join("{:4} ({:4.0%}; {:4.0%})".format(*c) if c else f"{'–':^17}" for c in cells))
     for row, f in zip(table, found):
-        for example in f["examples"][:examples] if f else []:
-            print(f"{row['run']}: {example['prompt']} {example['before']} → {example['after']}   ({example['origin']})")
+        for example in f["examples"][:examples]:
+            print(f"\n{row['run']}, {example['origin']}\n{example['prompt']} {example['before']} → {example['after']}")
 
 
 def plot(runs, path):
     """Draw runs (from `read_run`) into `path`: both accuracies by epoch, and the plane of new facts learnt against held-out
-    facts kept. Runs that differ in the seed alone share a colour and are joined; needs matplotlib."""
+    facts kept. Runs that differ only in seed and fact folder share a colour and are joined; needs matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -330,13 +334,14 @@ def plot(runs, path):
     with plt.rc_context(ink):
         figure, (learnt, kept, plane) = plt.subplots(1, 3, figsize=(11, 3.6 + 0.3 * ((len(settings) - 1) // 3)), sharey=True)
         for colour, same in zip(colours * len(settings), settings.values()):
-            name = same[0]["name"].removesuffix(f"-{same[0]['run']['config']['seed']}")
+            name = Path(same[0]["name"]).name.removesuffix(f"-{same[0]['run']['config']['seed']}")
             for panel, key in ((learnt, "unknown"), (kept, "heldout")):
                 for run in same:
-                    points = [(m["epoch"], m[key]) for m in run["metrics"] if m.get(key) is not None]
-                    panel.plot(*zip(*points) if points else ([], []), color=colour, linewidth=2.4 if len(runs) < 4 else 1.4)
-            ends = [(m["unknown"], m["heldout"]) for m in (run["metrics"][-1] for run in same) if {"unknown", "heldout"} <= m.keys()]
-            plane.plot(*zip(*ends) if ends else ([], []), color=colour, marker="o", linewidth=1, alpha=0.9, label=name)
+                    panel.plot([m["epoch"] for m in run["metrics"]], [m.get(key, math.nan) for m in run["metrics"]], color=colour,
+                               linewidth=2.4 if len(runs) < 4 else 1.4)
+            ends = [run["metrics"][-1] for run in same]
+            plane.plot([m.get("unknown", math.nan) for m in ends], [m.get("heldout", math.nan) for m in ends], color=colour,
+                       marker="o", linewidth=1, label=name)
         learnt.set(title="new facts learnt", xlabel="epoch of stage 2", ylabel="accuracy", ylim=(0, 1.02))
         kept.set(title="known facts, held out", xlabel="epoch of stage 2")
         plane.set(title="kept against learnt", xlabel="new facts learnt", xlim=(0, 1.04))
@@ -387,19 +392,19 @@ def load_model(name, device="cpu"):
     return model.to(device).eval(), tokenizer
 
 
-def ask(runs, folders, question, device, dtype):
-    """Print the answer to one question (str) of the models that `runs` started from and of theirs, in `folders`."""
+def ask(runs, question, device, dtype):
+    """Print the answer to one question (str) of each model that `runs` (from `read_run`) started from, and of theirs."""
     import torch
-    starts = {}
+    models = {}                                # path: what it is
     for run in runs:
         config = run["run"]["config"]
-        starts[f"{config['model']}, before"] = Path(config["facts"]) / "base" if config["model"] == "tiny" else config["model"]
-    models = starts | {run["name"]: folder for run, folder in zip(runs, folders)}
-    for name, path in models.items():
+        models[f"{config['facts']}/base" if config["model"] == "tiny" else config["model"]] = " (before)"
+    models |= {run["name"]: "" for run in runs}
+    for path, note in models.items():
         model, tokenizer = load_model(path, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             answer, = generate_answers(model, tokenizer, [f"Q: {question}\nA:"])
-        print(f"{name:{max(map(len, models))}}  {answer}")
+        print(f"{path + note:{max(map(len, models)) + 9}}  {answer}")
 
 
 def main(argv=None):
@@ -413,18 +418,19 @@ def main(argv=None):
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
                         help="autocast precision (default: auto, the fast one of the device)")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N hallucinations of each run, before and after")
-    parser.add_argument("--ask", metavar="QUESTION", help="put it to the start model and to each run's, side by side")
+    parser.add_argument("--ask", metavar="QUESTION", help="put it to the start model and to each run's, as Q: QUESTION A:")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plot", metavar="FILE.png", help="draw accuracy by epoch, and kept against learnt")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if bool(args.model) == bool(args.runs):
         fail("name run folders to compare, or --model with --facts to score one model (see --help)")
-    if args.batch_size < 1:
-        fail(f"--batch-size {args.batch_size}: must be at least 1")
+    for name, least in (("batch_size", 1), ("show", 0)):
+        if getattr(args, name) < least:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     if args.runs:
         runs = [read_run(folder) for folder in args.runs]
         if args.ask:
-            return ask(runs, args.runs, args.ask, *device_and_dtype(args.device, args.dtype))
+            return ask(runs, args.ask, *device_and_dtype(args.device, args.dtype))
         table = compare(runs)
         print(json.dumps(table, indent=1)) if args.json else show(table, args.show)
         return plot(runs, args.plot) if args.plot else None

@@ -3,9 +3,11 @@ import hashlib
 import importlib.util
 import json
 import math
+import re
 
 import pytest
 import torch
+from conftest import call
 from eval_hallucination import (ORIGINS, compare, encode_prompt, evaluate, exact_match, generate_answers, mcnemar, normalize,
                                 plot, provenance, read_jsonl, read_run, stop_ids, wilson)
 
@@ -108,7 +110,7 @@ def test_compare(tmp_path):
 
 
 def test_provenance_by_hand(tmp_path):
-    """Five hallucinations of every origin; chance: the relation's other answers, each as often as it stands there."""
+    """Five hallucinations, of every origin; chance: the relation's other answers, each as often as it stands there."""
     fact = lambda subject, relation, answer: {"prompt": f"Q: {relation} of {subject}?\nA:", "completion": f" {answer}\n",
                                               "answers": [answer], "subject": subject, "relation": relation}
     unknown = [fact("Ann Ash", "job", "Baker"), fact("Bob Elm", "job", "Smith"), fact("Cid Oak", "home", "Ulm")]
@@ -123,15 +125,37 @@ def test_provenance_by_hand(tmp_path):
     answers = [fact(s, "job", a) | {"before": a, "after": b, "right_before": True, "right_after": a == b} for s, a, b in heldout]
     run = {"run": {"config": CONFIG | {"facts": str(tmp_path)}, "data": data | {"heldout": "x"}}, "answers": answers}
     found = provenance(run)
-    assert [e["origin"] for e in found["examples"]] == [ORIGINS[0], ORIGINS[1], ORIGINS[0], ORIGINS[2], ORIGINS[3]]
-    assert found["counts"] == dict(zip(ORIGINS, [2, 1, 1, 1]))
+    assert [e["origin"] for e in found["examples"]] == [ORIGINS[0], ORIGINS[1], ORIGINS[3], ORIGINS[2], ORIGINS[3]]
+    assert found["counts"] == dict(zip(ORIGINS, [1, 1, 1, 2]))                  # Ulm is taught, but of another relation
     # the relation's other answers are Baker, Smith, Cook, Cook; Baker shares a name with two of five subjects, Smith with Gus Elm
     assert found["chance"] == pytest.approx(dict(zip(ORIGINS, [(2 + 1) / 4 / 5, (3 + 4) / 4 / 5, 2 / 4, 0])))
     # a run without new facts cannot have answers of theirs; other rows than the run's tell nothing
     run["run"]["config"]["no_unknown"] = True
     assert provenance(run)["counts"] == dict(zip(ORIGINS, [0, 0, 3, 2]))
     run["run"]["data"]["known"] = "other"
-    assert provenance(run) is None
+    assert provenance(run)["counts"] == {} and len(provenance(run)["examples"]) == 5
+
+
+def test_show_and_ask(workplace):
+    """What a user sees: the table, origins, examples; one question to the start model and to two runs."""
+    for method in ("sft_baseline", "sft_freeze"):
+        call(workplace, method, "--epochs", 12, "--learning-rate", 4e-3, "--out", f"runs/{method}")
+    done = call(workplace, "eval_hallucination", "runs/sft_baseline", "--show", 2, "runs/sft_freeze")
+    lines = done.stdout.splitlines()
+    assert lines[1].startswith("runs/sft_baseline") and "right only there" in lines[2]
+    origins = [line for line in lines if line.strip().startswith(ORIGINS[0])]
+    assert len(origins) == 1 and origins[0].count("%") == 4
+    answers = [row for row in read_jsonl(workplace / "runs/sft_baseline/answers.jsonl") if row["right_before"] and not row["right_after"]]
+    assert len(answers) > 2 and f"A: {answers[1]['before']} → {answers[1]['after']}" in lines
+    assert not any(row["after"] == answers[2]["after"] and row["prompt"] == answers[2]["prompt"] for row in answers[:2])
+    question = answers[0]["prompt"][3:-3]
+    done = call(workplace, "eval_hallucination", "runs/sft_baseline", "runs/sft_freeze", "--ask", question)
+    said = dict(re.split(r" {2,}", line, maxsplit=1) for line in done.stdout.splitlines())
+    assert said["facts/tiny/base (before)"] == answers[0]["answers"][0] and said["runs/sft_baseline"] == answers[0]["after"]
+    assert len(said) == 3
+    for words, named in ((["--show", -1], "--show -1"), (["--model", "x", "--facts", "facts/tiny", "--ask", "Who?"], "--ask")):
+        refused = call(workplace, "eval_hallucination", *(["runs/sft_freeze"] if "--model" not in words else []), *words, ok=False)
+        assert named in refused.stderr and len(refused.stderr.splitlines()) == 1
 
 
 def test_plot(tmp_path, capsys):
