@@ -64,15 +64,12 @@ def test_alone_in_an_empty_folder(tmp_path, world, method):
     assert "stage 1 skipped" in done.stdout and "accuracy not measured" in done.stdout
     model, tokenizer = eval_hallucination.load_model(tmp_path / "tuned")
     assert rows_of(tmp_path / "tuned/metrics.jsonl")[-1]["ce"] > 0
-    # with the known and held-out rows of a fact folder, both stages run
+    # with the known and held-out rows of a fact folder both stages run, and accuracy is measured on what there is
     known, heldout = world / "train_known.jsonl", world / "heldout_known.jsonl"
-    done = run(tmp_path, f"{method}.py", "--model", "my-model", "--train", "mine.jsonl", "--known", known, "--heldout", heldout,
-               "--epochs", 1, "--out", "both")
+    call(tmp_path, method, "--model", "my-model", "--train", "mine.jsonl", "--known", known, "--heldout", heldout, "--epochs", 1,
+         "--out", "both")
     assert [m["stage"] for m in rows_of(tmp_path / "both/metrics.jsonl")] == [1, 2, 2]
-    # and beside the evaluator, accuracy is measured on what there is
-    shutil.copy(ROOT / "eval_hallucination.py", tmp_path)
-    run(tmp_path, f"{method}.py", "--model", "my-model", "--train", "mine.jsonl", "--epochs", 1, "--out", "scored", "--heldout", heldout)
-    assert {"unknown", "heldout"} < set(rows_of(tmp_path / "scored/metrics.jsonl")[-1])
+    assert {"unknown", "known", "heldout"} < set(rows_of(tmp_path / "both/metrics.jsonl")[-1])
 
 
 def hub_cache(folder, repository, source):
@@ -106,7 +103,7 @@ def test_labels_and_worlds_are_kept(workplace, world):
     """A second fact folder beside the first takes its world and labels from the cache: other new facts, same base."""
     shutil.copytree(world.parent / ".facts-cache", workplace / "facts" / ".facts-cache")
     from conftest import SMALL_WORLD
-    done = run(workplace, "make_facts.py", *SMALL_WORLD, "--new", "uuid")
+    done = call(workplace, "make_facts", *SMALL_WORLD, "--new", "uuid")
     assert "labelled 208 facts" in done.stdout
     assert (workplace / "facts/tiny-uuid/base/model.safetensors").read_bytes() == (world / "base/model.safetensors").read_bytes()
     assert rows_of(workplace / "facts/tiny-uuid/labelled.jsonl") == rows_of(world / "labelled.jsonl")
@@ -183,28 +180,12 @@ def test_help_shows_every_default(script, shown, capsys):
     assert stopped.value.code == 0 and [words for words in shown if words not in text] == []
 
 
-SHIM = """#!{python}
-# Stands for `python` in the README's commands: the same scripts, at a size that a test can afford.
-import subprocess, sys
-script, *words = sys.argv[1:]
-if script == "make_facts.py":
-    words += {small} + ["--seed", "0", "--shots", "0"]
-if script.startswith("sft_"):
-    words += ["--epochs", "1"]
-sys.exit(subprocess.run([sys.executable, script, *words]).returncode)
-"""
-
-
 def test_readme_commands(workplace, world):
-    """Every command of the README runs, in order, in a folder of its own."""
+    """Every command of the README runs, in order, in a folder of its own; at a size that a test can afford."""
     from conftest import SMALL_WORLD
     blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
     assert len(blocks) >= 5 and "python sft_selfdistill.py\n" in "".join(blocks)
-    tools, small = workplace / "tools", [*SMALL_WORLD, "--n-new", "10"]
-    tools.mkdir()
-    for name, text in (("python", SHIM.format(python=sys.executable, small=small)), ("pip", "#!/bin/sh\n"), ("pytest", "#!/bin/sh\n")):
-        (tools / name).write_text(text)
-        (tools / name).chmod(0o755)
+    smaller = {"make_facts.py": [*SMALL_WORLD, "--n-new", "10", "--seed", "0", "--shots", "0"], "sft_": ["--epochs", "1"]}
     shutil.copytree(world.parent / ".facts-cache", workplace / "facts" / ".facts-cache")
     (workplace / "assets").mkdir()
     for name in ("gpt2-medium", "SmolLM2-135M-Instruct"):
@@ -219,10 +200,14 @@ def test_readme_commands(workplace, world):
     popqa.mkdir(parents=True)
     (popqa / "test.tsv").write_text(table, encoding="utf-8")
     (workplace / "my.jsonl").write_text('{"prompt": "Q: Who made Ulm?\\nA:", "completion": " Ulm\\n"}\n', encoding="utf-8")
+    # the shell expands loops, variables and patterns, and says which commands it would run
+    say = 'python() { printf "%s\\0" "$@"; printf "\\n"; }; pip() { :; }; pytest() { :; }; '
     for block in blocks:
         block = re.sub(r'(for \w+ in) ("[^"]*"|\S+)[^;\n]*;', r"\1 \2;", block)          # loops: the first round
         if not PICTURES:
             block = re.sub(r"--plot \S+", "", block)
-        done = subprocess.run(["bash", "-euo", "pipefail", "-c", block], cwd=workplace, capture_output=True, text=True,
-                              env=os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHONIOENCODING": "utf-8"})
-        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+        said = subprocess.run(["bash", "-euo", "pipefail", "-c", say + block], cwd=workplace, capture_output=True, text=True)
+        assert said.returncode == 0 and not said.stderr, f"{block}\n{said.stderr}"
+        for line in said.stdout.splitlines():
+            script, *words = line.removesuffix("\0").split("\0")
+            call(workplace, script.removesuffix(".py"), *words, *(w for name in smaller if script.startswith(name) for w in smaller[name]))
