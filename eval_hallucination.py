@@ -332,7 +332,8 @@ def plot(runs, path):
     ink = {"text.color": "#808080", "axes.labelcolor": "#808080", "axes.edgecolor": "#808080", "xtick.color": "#808080",
            "ytick.color": "#808080", "font.size": 12, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(ink):
-        figure, (learnt, kept, plane) = plt.subplots(1, 3, figsize=(11, 3.6 + 0.3 * ((len(settings) - 1) // 3)), sharey=True)
+        rows = (len(settings) + 2) // 3        # of the legend
+        figure, (learnt, kept, plane) = plt.subplots(1, 3, figsize=(11, 3.3 + 0.3 * rows), sharey=True)
         for colour, same in zip(colours * len(settings), settings.values()):
             name = Path(same[0]["name"]).name.removesuffix(f"-{same[0]['run']['config']['seed']}")
             for panel, key in ((learnt, "unknown"), (kept, "heldout")):
@@ -346,7 +347,7 @@ def plot(runs, path):
         kept.set(title="known facts, held out", xlabel="epoch of stage 2")
         plane.set(title="kept against learnt", xlabel="new facts learnt", xlim=(0, 1.04))
         figure.legend(*plane.get_legend_handles_labels(), loc="lower center", ncols=min(len(settings), 3), frameon=False)
-        figure.tight_layout(rect=(0, 0.1 + 0.06 * ((len(settings) - 1) // 3), 1, 1))
+        figure.tight_layout(rect=(0, 0.04 + 0.06 * rows, 1, 1))
         temporary = Path(f"{path}.part")
         try:
             figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png", transparent=True, dpi=110)
@@ -417,7 +418,7 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
                         help="autocast precision (default: auto, the fast one of the device)")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N hallucinations of each run, before and after")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N hallucinations of each run")
     parser.add_argument("--ask", metavar="QUESTION", help="put it to the start model and to each run's, as Q: QUESTION A:")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plot", metavar="FILE.png", help="draw accuracy by epoch, and kept against learnt")

@@ -463,10 +463,42 @@ def parse(argv=None):
     return args
 
 
+def write_jsonl(path, rows):
+    """Write rows as JSONL, all or nothing."""
+    temporary = Path(f"{path}.part-{os.getpid()}")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def kept_world(text, args, kept, device):
+    """The folder of a model pretrained on `text` (Path): that of an earlier time in `kept`, or else made now."""
+    import transformers
+    base = kept / f"world-{digest(text, args.width, args.pretrain_epochs, args.seed, inspect.getsource(pretrain))}"
+    if not base.exists():
+        model, tokenizer = pretrain(text, args.width, args.pretrain_epochs, args.seed, device)
+        temporary = Path(f"{base}.part-{os.getpid()}")
+        transformers.utils.logging.disable_progress_bar()
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        replace_folder(temporary, base)
+    return base
+
+
+def kept_labels(model, tokenizer, facts, args, kept, dtype):
+    """`facts` with their categories: those of an earlier time in `kept`, or else found now. The key holds all that the
+    categories depend on, the code that finds them included."""
+    import torch
+    code = [inspect.getsource(f) for f in (score_answers, slick_category, label_facts)]
+    asked = [args.prompts, args.shots, args.samples, args.seed, str(dtype)]
+    labels = kept / f"labels-{digest(weights_hash(model), code, stop_ids(tokenizer, model), facts, asked)}.jsonl"
+    if not labels.exists():
+        with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+            write_jsonl(labels, label_facts(model, tokenizer, facts, *asked[:4], args.batch_size))
+    return read_jsonl(labels)
+
+
 def main(argv=None):
     """Make a fact folder from command-line words (list of str, default sys.argv); returns its path."""
-    import torch
-    import transformers
     args = parse(argv)
     tiny, out = args.model == "tiny", args.out
     device, dtype = device_and_dtype(args.device, args.dtype)
@@ -475,43 +507,23 @@ def main(argv=None):
         kept.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--out {out}: cannot be written ({error})")
-    rng = random.Random(args.seed)
     if tiny:
-        world = {"names": args.n_names, "codes": args.n_codes, "seed": args.seed}
         facts, text = invent_world(args.n_names, args.n_codes, args.seed)
-        source, dropped = "invented", 0
-        base = kept / f"world-{digest(text, args.width, args.pretrain_epochs, args.seed, inspect.getsource(pretrain))}"
-        if not base.exists():
-            model, tokenizer = pretrain(text, args.width, args.pretrain_epochs, args.seed, device)
-            temporary = Path(f"{base}.part-{os.getpid()}")
-            transformers.utils.logging.disable_progress_bar()
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            replace_folder(temporary, base)
-        model, tokenizer = load_model(base, device)
+        base, dropped = kept_world(text, args, kept, device), 0
     else:
-        source, world = args.source, None
-        facts, dropped = load_source(args.source, args.max_facts, args.seed)
-        model, tokenizer = load_model(args.model, device)
-    weights, code = weights_hash(model), [inspect.getsource(f) for f in (score_answers, slick_category, label_facts)]
-    asked = [args.prompts, args.shots, args.samples, args.seed, str(dtype)]
-    labels = kept / f"labels-{digest(weights, code, stop_ids(tokenizer, model), facts, asked)}.jsonl"
-    if labels.exists():
-        labelled = read_jsonl(labels)
-    else:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            labelled = label_facts(model, tokenizer, facts, *asked[:4], args.batch_size)
-        write_jsonl(labels, labelled)
+        (facts, dropped), base = load_source(args.source, args.max_facts, args.seed), args.model
+    model, tokenizer = load_model(base, device)
+    labelled = kept_labels(model, tokenizer, facts, args, kept, dtype)
     new_code = invent_code if tiny else lambda rng: str(uuid.UUID(int=rng.getrandbits(128), version=4))
-    sets = split_facts(facts, labelled, args.new, args.n_new, rng, new_code)
+    sets = split_facts(facts, labelled, args.new, args.n_new, random.Random(args.seed), new_code)
 
     count = lambda rows, *keys: dict(sorted(Counter("/".join(r[k] for k in keys) for r in rows).items()))
     majority = sum(Counter(f["answers"][0] for f in sets["heldout"] if f["relation"] == r).most_common(1)[0][1]
                    for r in {f["relation"] for f in sets["heldout"]}) / len(sets["heldout"])
-    meta = {"model": args.model, "weights": weights, "source": str(source), "seed": args.seed,
-            "new": args.new, "n_new": args.n_new,
+    meta = {"model": args.model, "weights": weights_hash(model), "source": "invented" if tiny else args.source, "seed": args.seed,
+            "new": args.new, "n_new": args.n_new, "world": {"names": args.n_names, "codes": args.n_codes} if tiny else None,
             "prompts": args.prompts if args.shots else 1, "shots": args.shots, "samples": args.samples,
-            "dtype": str(dtype).removeprefix("torch."), "world": world, "questions_dropped": dropped,
+            "dtype": str(dtype).removeprefix("torch."), "questions_dropped": dropped,
             "labelled": count(labelled, "category"), "labelled_by_relation": count(labelled, "relation", "category"),
             "labelled_by_kind": count(labelled, "kind", "category"), "majority_answer_accuracy": round(majority, 4),
             "sets": {SETS[key]: {"facts": len(rows), "by_relation": count(rows, "relation"), "by_kind": count(rows, "kind")}
@@ -530,13 +542,6 @@ def main(argv=None):
         print(f"{out / SETS[key]}: {len(rows)} facts " + str(count(rows, "kind")))
     print(f"majority answer: {majority:.3f} of the held-out facts")
     return out
-
-
-def write_jsonl(path, rows):
-    """Write rows as JSONL, all or nothing."""
-    temporary = Path(f"{path}.part-{os.getpid()}")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -235,7 +235,8 @@ def freeze(model, config):
             fail(f"--layers {config.layers}: must be A-B, of the blocks 0 to {highest}")
         split = {role: [name for name in names if first <= block.get(name, -1) <= last] for role, names in split.items()}
     size = lambda names: sum(weights[name].numel() for name in names)
-    wanted = [role for role in ROLES if split[role]] if config.trainable == "all" else config.trainable.replace(" ", "").split(",")
+    named = config.trainable.replace(" ", "").split(",")
+    wanted = [role for role in ROLES if split[role]] if named == ["all"] else named
     for role in wanted:
         if not split.get(role):
             fail(f"--trainable {role}: matches no weight in --layers {config.layers or 'all'}; there are "
@@ -380,8 +381,8 @@ def train(config):
     if evaluator:
         evaluator.show(evaluator.compare([evaluator.read_run(out)]))
     if after and not config.no_unknown and after["unknown"]["accuracy"] < 0.1:
-        print(f"advice: the new facts were not learnt, training {config.trainable} (--l2 {config.l2}). Where none are needed, that is "
-              "what freezing is for (--no-unknown); where they are, use sft_selfdistill.py")
+        print(f"advice: the new facts were not learnt (--trainable {config.trainable}, --l2 {config.l2}). Where none are needed, "
+              "that is what freezing is for; where they are, use sft_selfdistill.py")
     print(f"saved {out}")
     return metrics
 

@@ -1,11 +1,9 @@
 """The scripts as users run them: end to end, alone in an empty folder, from a hub cache, with wrong input; the README."""
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 from conftest import ROOT, call, rows_of, run

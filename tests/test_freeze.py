@@ -97,7 +97,7 @@ def test_l2_counts_once_a_window(base, rows):
         for p in model.parameters():
             p += 0.01 * torch.randn_like(p)
     distance = sum(((p - start[name]) ** 2).sum().item() for name, p in model.named_parameters())
-    config, losses, gradients = sft_freeze.Config(l2=0.3), [], []
+    config, gradients = sft_freeze.Config(l2=0.3), []
     for size, weight in ((8, 0.0), (8, 0.3), (2, 0.3)):
         model.zero_grad()
         batches = [sft_freeze.collate(rows[i:i + size], "cpu") for i in range(0, 8, size)]
