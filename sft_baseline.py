@@ -305,11 +305,9 @@ def train(config):
     run = {"method": METHOD, "config": asdict(config), "device": str(device), "dtype": str(dtype),
            "versions": {library.__name__: library.__version__ for library in (torch, transformers, np)},
            "data": {key: hashlib.sha256(json.dumps(rows).encode()).hexdigest() for key, rows in sets.items() if rows}}
-    answers = []                                # a dict a held-out fact
-    if "heldout" in after:
-        old, new = before["heldout"], after["heldout"]
-        answers = [{**row, "before": a, "right_before": b, "after": c, "right_after": d} for row, a, b, c, d in zip(
-            sets["heldout"], old["answers"], old["right"], new["answers"], new["right"])]
+    old, new = (scores.get("heldout", {"answers": [], "right": []}) for scores in (before, after))
+    answers = [{**row, "before": a, "right_before": b, "after": c, "right_after": d} for row, a, b, c, d in zip(
+        sets["heldout"], old["answers"], old["right"], new["answers"], new["right"])]       # a dict a held-out fact
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     for name, rows in (("metrics.jsonl", metrics), ("answers.jsonl", answers), ("run.json", [run])):
