@@ -110,8 +110,9 @@ def generate_answers(model, tokenizer, prompts, max_new_tokens=16, batch_size=64
 
 
 def accepted_answers(row):
-    """The answers that count as right for a row: its `answers`, or else its completion."""
-    return row.get("answers") or [row["completion"].strip()]
+    """The answers that count as right for a row (list of str): its `answers`, a list or one, or else its completion."""
+    answers = row.get("answers") or row["completion"].strip()
+    return [str(a) for a in answers] if isinstance(answers, list) else [str(answers)]
 
 
 def evaluate(model, tokenizer, rows, batch_size=64):

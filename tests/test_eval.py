@@ -8,8 +8,8 @@ import re
 import pytest
 import torch
 from conftest import call
-from eval_hallucination import (ORIGINS, compare, encode_prompt, evaluate, exact_match, generate_answers, mcnemar, normalize,
-                                plot, provenance, read_jsonl, read_run, stop_ids, wilson)
+from eval_hallucination import (ORIGINS, accepted_answers, compare, encode_prompt, evaluate, exact_match, generate_answers,
+                                mcnemar, normalize, plot, provenance, read_jsonl, read_run, stop_ids, wilson)
 
 
 def test_normalize_and_exact_match():
@@ -77,6 +77,8 @@ def test_evaluate(base, world):
     rows = read_jsonl(world / "heldout_known.jsonl")
     result = evaluate(*base, rows)
     assert result["accuracy"] == 1.0 and all(result["right"])           # HighlyKnown, zero shots: right by definition
+    assert accepted_answers({"answers": "Ulm"}) == ["Ulm"] and accepted_answers({"answers": [7]}) == ["7"]
+    assert accepted_answers({"completion": " Ulm\n", "answers": []}) == ["Ulm"]
     wrong = [{"prompt": r["prompt"], "completion": " Nobody\n"} for r in rows[:4]]
     assert evaluate(*base, wrong + rows[:4])["accuracy"] == 0.5 and math.isnan(evaluate(*base, [])["accuracy"])
 
