@@ -186,7 +186,7 @@ def test_readme_commands(workplace, world):
     smaller = {"make_facts.py": [*SMALL_WORLD, "--n-new", "10", "--seed", "0", "--shots", "0"], "sft_": ["--epochs", "1"]}
     shutil.copytree(world.parent / ".facts-cache", workplace / "facts" / ".facts-cache")
     (workplace / "assets").mkdir()
-    for name in ("gpt2-medium", "SmolLM2-135M-Instruct"):
+    for name in ("gpt2-medium", "HuggingFaceTB/SmolLM2-135M-Instruct"):
         shutil.copytree(world / "base", workplace / name)
     rows = rows_of(world / "labelled.jsonl")
     table = "relation\tsubject\tobject\tquestion\n" + "".join(
