@@ -334,7 +334,7 @@ def plot(runs, path):
            "ytick.color": "#808080", "font.size": 12, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(ink):
         rows = (len(settings) + 2) // 3        # of the legend
-        figure, (learnt, kept, plane) = plt.subplots(1, 3, figsize=(11, 3.3 + 0.3 * rows), sharey=True)
+        figure, (learnt, kept, plane) = plt.subplots(1, 3, figsize=(11, 3.3 + 0.3 * rows))
         for colour, same in zip(colours * len(settings), settings.values()):
             name = Path(same[0]["name"]).name.removesuffix(f"-{same[0]['run']['config']['seed']}")
             for panel, key in ((learnt, "unknown"), (kept, "heldout")):
@@ -345,8 +345,10 @@ def plot(runs, path):
             plane.plot([m.get("unknown", math.nan) for m in ends], [m.get("heldout", math.nan) for m in ends], color=colour,
                        marker="o", linewidth=1, label=name)
         learnt.set(title="new facts learnt", xlabel="epoch of stage 2", ylabel="accuracy", ylim=(0, 1.02))
-        kept.set(title="known facts, held out", xlabel="epoch of stage 2")
-        plane.set(title="kept against learnt", xlabel="new facts learnt", xlim=(0, 1.04))
+        low = min((m["heldout"] for run in runs for m in run["metrics"] if "heldout" in m), default=0)
+        low = max(0, math.floor(10 * low) - 1) / 10                     # forgetting may be a few points: the scale shows it
+        kept.set(title="known facts, held out", xlabel="epoch of stage 2", ylim=(low, 1 + (1 - low) / 50))
+        plane.set(title="kept against learnt", xlabel="new facts learnt", xlim=(0, 1.04), ylim=kept.get_ylim())
         figure.legend(*plane.get_legend_handles_labels(), loc="lower center", ncols=min(len(settings), 3), frameon=False)
         figure.tight_layout(rect=(0, 0.04 + 0.06 * rows, 1, 1))
         temporary = Path(f"{path}.part")
