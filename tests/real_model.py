@@ -60,7 +60,7 @@ def test_kl_reads_zero(facts, model):
     assert abs(terms["kl"]) < 1e-6 and terms["ce"] > 0
 
 
-@pytest.mark.parametrize("method", ["sft_baseline", "sft_selfdistill"])
+@pytest.mark.parametrize("method", ["sft_baseline", "sft_selfdistill", "sft_freeze"])
 def test_run(facts, method):
     folder = facts.parent.parent
     run(folder, sft_selfdistill.__file__.replace("sft_selfdistill", method), "--model", MODEL, "--facts", facts, "--epochs", 2,
