@@ -155,7 +155,7 @@ def mcnemar(first, second):
 def read_jsonl(path, needed=()):
     """Rows of a JSONL file. Ends the program, naming file and line, when a line is not an object with `needed`."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")   # not splitlines: U+2028 may stand in a row
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")   # not splitlines: U+2028 may stand in a row
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: cannot be read as UTF-8 text ({error})")
     rows = []
@@ -248,7 +248,7 @@ def compare(runs):
     points of held-out accuracy (before − after, and highest epoch − after), `mcnemar` against the first run when both
     were scored on the same held-out rows (by the hash in run.json), held-out before/after `by` relation and kind, and the
     `provenance` of the hallucinations."""
-    table = []
+    table, first = [], [a["right_after"] for a in runs[0]["answers"]]
     for run in runs:
         before = [a["right_before"] for a in run["answers"]]
         after = [a["right_after"] for a in run["answers"]]
@@ -260,7 +260,6 @@ def compare(runs):
             row |= {"before": sum(before) / n, "before_interval": wilson(sum(before), n), "after": sum(after) / n,
                     "after_interval": wilson(sum(after), n), "forgetting": 100 * (sum(before) - sum(after)) / n,
                     "peak_forgetting": 100 * (max(heldout) - heldout[-1])}
-            first = [a["right_after"] for a in runs[0]["answers"]]
             same = run["run"]["data"].get("heldout") == runs[0]["run"]["data"].get("heldout") and len(first) == n
             if same and run is not runs[0]:
                 row["mcnemar"] = dict(zip(("first_only", "this_only", "p"), mcnemar(first, after)))

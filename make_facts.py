@@ -484,13 +484,13 @@ def kept_world(text, args, kept, device):
     return base
 
 
-def kept_labels(model, tokenizer, facts, args, kept, dtype):
+def kept_labels(model, weights, tokenizer, facts, args, kept, dtype):
     """`facts` with their categories: those of an earlier time in `kept`, or else found now. The key holds all that the
-    categories depend on, the code that finds them included."""
+    categories depend on: `weights`, the model's hash, and the code that finds them included."""
     import torch
     code = [inspect.getsource(f) for f in (score_answers, slick_category, label_facts)]
     asked = [args.prompts, args.shots, args.samples, args.seed, str(dtype)]
-    labels = kept / f"labels-{digest(weights_hash(model), code, stop_ids(tokenizer, model), facts, asked)}.jsonl"
+    labels = kept / f"labels-{digest(weights, code, stop_ids(tokenizer, model), facts, asked)}.jsonl"
     if not labels.exists():
         with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
             write_jsonl(labels, label_facts(model, tokenizer, facts, *asked[:4], args.batch_size))
@@ -513,14 +513,15 @@ def main(argv=None):
     else:
         (facts, dropped), base = load_source(args.source, args.max_facts, args.seed), args.model
     model, tokenizer = load_model(base, device)
-    labelled = kept_labels(model, tokenizer, facts, args, kept, dtype)
+    weights = weights_hash(model)
+    labelled = kept_labels(model, weights, tokenizer, facts, args, kept, dtype)
     new_code = invent_code if tiny else lambda rng: str(uuid.UUID(int=rng.getrandbits(128), version=4))
     sets = split_facts(facts, labelled, args.new, args.n_new, random.Random(args.seed), new_code)
 
     count = lambda rows, *keys: dict(sorted(Counter("/".join(r[k] for k in keys) for r in rows).items()))
     majority = sum(Counter(f["answers"][0] for f in sets["heldout"] if f["relation"] == r).most_common(1)[0][1]
                    for r in {f["relation"] for f in sets["heldout"]}) / len(sets["heldout"])
-    meta = {"model": args.model, "weights": weights_hash(model), "source": "invented" if tiny else args.source, "seed": args.seed,
+    meta = {"model": args.model, "weights": weights, "source": "invented" if tiny else args.source, "seed": args.seed,
             "new": args.new, "n_new": args.n_new, "world": {"names": args.n_names, "codes": args.n_codes} if tiny else None,
             "prompts": args.prompts if args.shots else 1, "shots": args.shots, "samples": args.samples,
             "dtype": str(dtype).removeprefix("torch."), "questions_dropped": dropped,

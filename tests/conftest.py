@@ -38,6 +38,18 @@ def call(folder, script, *words, ok=True):
     return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 
+def refused(folder, script, *words):
+    """What a script says when it refuses `words` (str): one line on stderr, exit status 2."""
+    done = call(folder, script, *words, ok=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done
+    return done.stderr
+
+
+def window_of(batches):
+    """The counts of an accumulation window of `collate`d batches, as the losses take them."""
+    return {key: sum(int(b[key].sum()) for b in batches) for key in ("supervised", "real")}
+
+
 def run(folder, *words, ok=True):
     """Run a script of this project in `folder` as a user would, in a process of its own; returns it, its output as text."""
     done = subprocess.run([sys.executable, *map(str, words)], cwd=folder, capture_output=True, text=True, encoding="utf-8",

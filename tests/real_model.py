@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from conftest import run
+from conftest import run, window_of
 from eval_hallucination import evaluate, exact_match, generate_answers, load_model, read_jsonl
 
 import make_facts
@@ -53,10 +53,9 @@ def test_labels(facts, model):
 def test_kl_reads_zero(facts, model):
     rows = sft_selfdistill.encode(model[1], read_jsonl(facts / "train_known.jsonl")[:8], 2048)
     batch = sft_selfdistill.collate(rows, "cpu")
-    window = {key: int(batch[key].sum()) for key in ("supervised", "real")}
     with torch.no_grad():
         logits = sft_selfdistill.next_token_logits(model[0], batch)
-        _, terms = sft_selfdistill.self_distillation(logits, batch, window, model[0], sft_selfdistill.Config(kl_weight=4.0))
+        _, terms = sft_selfdistill.self_distillation(logits, batch, window_of([batch]), model[0], sft_selfdistill.Config(kl_weight=4.0))
     assert abs(terms["kl"]) < 1e-6 and terms["ce"] > 0
 
 

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import ROOT, call, rows_of, run
+from conftest import ROOT, call, refused, rows_of, run
 
 import eval_hallucination
 import make_facts
@@ -35,8 +35,7 @@ def test_run_folder(workplace, method):
     scored = json.loads(call(workplace, "eval_hallucination", "--model", out, "--facts", "facts/tiny", "--json").stdout)
     assert {key: scored[key]["accuracy"] for key in make_facts.SETS} == pytest.approx({key: metrics[-1][key] for key in make_facts.SETS})
     # not twice into one folder
-    again = call(workplace, method, "--epochs", 1, ok=False)
-    assert again.returncode == 2 and "--overwrite" in again.stderr and len(again.stderr.splitlines()) == 1
+    assert "--overwrite" in refused(workplace, method, "--epochs", 1)
     assert rows_of(out / "metrics.jsonl") == metrics
     call(workplace, method, "--epochs", 1, "--overwrite", "--format-epochs", 0)
     assert [m["epoch"] for m in rows_of(out / "metrics.jsonl")] == [0, 1]
@@ -112,16 +111,6 @@ BAD_ROWS = {"empty.jsonl": "", "words.jsonl": "{not json}\n", "list.jsonl": "[1]
             "types.jsonl": '\n{"prompt": "Q", "completion": 3}\n', "latin.jsonl": b'{"prompt": "K\xf6ln", "completion": " x"}\n'}
 
 
-def refusal(capsys, function, words):
-    """What a script says when it refuses `words`: one line, exit status 2, nothing but SystemExit raised."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        function(words)
-    lines = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("words, named", [
     (["--model", "no-such-model"], "no-such-model"), (["--model", "facts"], "facts"), (["--train", "absent.jsonl"], "absent.jsonl"),
@@ -129,14 +118,12 @@ def refusal(capsys, function, words):
     (["--epochs", "0"], "--epochs 0"), (["--epochs", "two"], "two"),
     (["--learning-rate", "nan"], "--learning-rate nan"), (["--no-such-flag"], "--no-such-flag"), (["--device", "abacus"], "abacus"),
     (["--max-length", "2"], "--max-length"), (["--dtype", "int4"], "int4")])
-def test_bad_input_of_the_methods(workplace, monkeypatch, capsys, method, words, named):
-    monkeypatch.chdir(workplace)
+def test_bad_input_of_the_methods(workplace, method, words, named):
     for name, text in BAD_ROWS.items():
         (workplace / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     if words[0] == "--model":
         words = [*words, "--train", "facts/tiny/train_known.jsonl"]
-    script = importlib.import_module(method)
-    assert named in refusal(capsys, lambda w: script.train(script.parse(w)), [*words, "--out", "runs/x"])
+    assert named in refused(workplace, method, *words, "--out", "runs/x")
     assert not (workplace / "runs").exists()
 
 
@@ -150,15 +137,14 @@ def test_bad_input_of_the_methods(workplace, monkeypatch, capsys, method, words,
     ("eval_hallucination", [], "--model"), ("eval_hallucination", ["facts"], "run.json"),
     ("eval_hallucination", ["--model", "BASE"], "--facts"), ("eval_hallucination", ["--model", "x", "--facts", "facts/tiny"], "'x'"),
     ("eval_hallucination", ["--model", "BASE", "--facts", "absent"], "absent")])
-def test_bad_input_of_the_others(workplace, monkeypatch, capsys, script, words, named):
-    monkeypatch.chdir(workplace)
+def test_bad_input_of_the_others(workplace, script, words, named):
     (workplace / "bad.csv").write_text("relation,subject,question\na,b,c\n")
     (workplace / "bad.txt").write_text("relation\n")
     (workplace / "good.csv").write_text("relation,subject,object,question\n" + "".join(f"r,s{i},o{i},Who is s{i}?\n" for i in range(30)))
     shutil.copytree(workplace / "facts/tiny/base", workplace / "base")
     words = ["base" if w == "BASE" else w for w in words]
     before = sorted(workplace.rglob("*"))
-    assert named in refusal(capsys, importlib.import_module(script).main, words)
+    assert named in refused(workplace, script, *words)
     assert [p for p in sorted(workplace.rglob("*")) if ".facts-cache" not in p.parts and p not in before] == []
 
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from conftest import call
+from conftest import call, refused
 from eval_hallucination import (ORIGINS, accepted_answers, compare, encode_prompt, evaluate, exact_match, generate_answers,
                                 mcnemar, normalize, plot, provenance, read_jsonl, read_run, stop_ids, wilson)
 
@@ -156,8 +156,7 @@ def test_show_and_ask(workplace):
     assert said["facts/tiny/base (before)"] == answers[0]["answers"][0] and said["runs/sft_baseline"] == answers[0]["after"]
     assert len(said) == 3
     for words, named in ((["--show", -1], "--show -1"), (["--model", "x", "--facts", "facts/tiny", "--ask", "Who?"], "--ask")):
-        refused = call(workplace, "eval_hallucination", *(["runs/sft_freeze"] if "--model" not in words else []), *words, ok=False)
-        assert named in refused.stderr and len(refused.stderr.splitlines()) == 1
+        assert named in refused(workplace, "eval_hallucination", *(["runs/sft_freeze"] if "--model" not in words else []), *words)
 
 
 def test_plot(tmp_path, capsys):

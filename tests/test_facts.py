@@ -16,7 +16,7 @@ def labelled(world):
     return read_jsonl(world / "labelled.jsonl")
 
 
-PREFIX = "Q: What is the language of 12AB?\nA: Fenat\n"
+PREFIX = ".\n"                    # the end of a statement: behind a question and its answer the small world knows nothing
 
 
 def facts_of(rows):
@@ -34,7 +34,7 @@ def test_greedy_equals_generate(base, labelled, prefix):
     greedy, _ = make_facts.score_answers(model, tokenizer, prefix, facts, batch_size=7)
     answers = generate_answers(model, tokenizer, [prefix + make_facts.to_row(f)["prompt"] for f in facts], batch_size=7)
     assert greedy == [a in f["answers"] for a, f in zip(answers, facts)]
-    assert False in greedy and (prefix or True in greedy)
+    assert False in greedy and True in greedy
 
 
 def test_probability_equals_sampling(base, labelled):

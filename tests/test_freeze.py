@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import call, rows_of
+from conftest import call, refused, rows_of, window_of
 from transformers import (AutoModelForCausalLM, BloomConfig, Gemma2Config, Gemma3TextConfig, GemmaConfig, GPT2Config,
                           GPTNeoXConfig, LlamaConfig, MistralConfig, OPTConfig, Phi3Config, PhiConfig, Qwen2Config, Qwen3Config)
 
@@ -101,7 +101,7 @@ def test_l2_counts_once_a_window(base, rows):
     for size, weight in ((8, 0.0), (8, 0.3), (2, 0.3)):
         model.zero_grad()
         batches = [sft_freeze.collate(rows[i:i + size], "cpu") for i in range(0, 8, size)]
-        window = {key: sum(int(b[key].sum()) for b in batches) for key in ("supervised", "real")}
+        window = window_of(batches)
         config.l2, logged = weight, 0.0
         for batch in batches:
             loss, terms = sft_freeze.l2_to_before(sft_freeze.next_token_logits(model, batch), batch, window, model, start, config)
@@ -137,8 +137,7 @@ def test_no_unknown(workplace):
         assert rows_of(workplace / method / "metrics.jsonl")[-1]["unknown"] < 0.3
     mine = workplace / "mine.jsonl"
     mine.write_text('{"prompt": "Q", "completion": " A"}\n')
-    done = call(workplace, "sft_freeze", "--model", "facts/tiny/base", "--train", mine, "--no-unknown", ok=False)
-    assert "--known" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "--known" in refused(workplace, "sft_freeze", "--model", "facts/tiny/base", "--train", mine, "--no-unknown")
 
 
 def test_run_says_what_is_frozen_and_advises(workplace):
