@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import re
+import statistics
 import string
 import sys
 import unicodedata
@@ -24,6 +25,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 ORIGINS = ["that of a new fact, name shared", "that of another new fact", "another of the relation", "none of these"]
+LEARNT = [0.5, 0.95]                           # shares of the new facts at which the forgetting of runs is compared
 SETS = {"unknown": "train_unknown.jsonl", "known": "train_known.jsonl", "heldout": "heldout_known.jsonl"}
 
 
@@ -174,33 +176,44 @@ def read_jsonl(path, needed=()):
 
 
 def read_run(folder):
-    """One run of a sft_*.py script: {"name", "run", "metrics", "answers"} from its three files."""
+    """One run of a sft_*.py script: {"name", "run", "metrics", "answers", "trained", "facts"} from its three files and its
+    fact folder: the rows that it was trained on (see `trained_facts`) and the folder's meta.json, {} where there is none."""
     folder = Path(folder)
     if not (folder / "run.json").is_file():
         fail(f"{folder}: no run.json there; name folders that an sft_*.py script wrote with --out")
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         run["method"], run["data"], run["config"]["seed"]
+        facts = Path(run["config"]["facts"]) / "meta.json"
+        facts = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"{folder / 'run.json'}: is not what an sft_*.py script writes ({error!r})")
+        fail(f"{folder / 'run.json'}: it or its meta.json is not what the scripts write ({error!r})")
     stages = [row for row in read_jsonl(folder / "metrics.jsonl", ["stage", "epoch"]) if row["stage"] == 2]
     if not stages:
         fail(f"{folder / 'metrics.jsonl'}: no epoch of stage 2 in it; the run did not finish")
     needed = ["before", "after", "right_before", "right_after"]
-    return {"name": str(folder), "run": run, "metrics": stages, "answers": read_jsonl(folder / "answers.jsonl", needed)}
+    return {"name": str(folder), "run": run, "metrics": stages, "answers": read_jsonl(folder / "answers.jsonl", needed),
+            "trained": trained_facts(run), "facts": facts}
 
 
 def trained_facts(run):
-    """The rows that a run (of `read_run`) was given to train on, {"unknown", "known": list}; None where the files are not
-    where run.json says, or not as they were (by hash): then there is no telling what the model was taught."""
-    config, rows = run["run"]["config"], {"unknown": [], "known": []}
+    """The rows that a run was given to train on, {"unknown", "known": list}, from its run.json; None where the files are not
+    where that says, or not as they were (by hash): then there is no telling what the model was taught."""
+    config, rows = run["config"], {"unknown": [], "known": []}
     for key, own in (("unknown", config["train"]), ("known", config["known"])):
-        if key in run["run"]["data"]:
+        if key in run["data"]:
             path = Path(own or Path(config["facts"]) / SETS[key])
             rows[key] = read_jsonl(path, ["prompt", "completion"]) if path.is_file() else []
-            if hashlib.sha256(json.dumps(rows[key]).encode()).hexdigest() != run["run"]["data"][key]:
+            if hashlib.sha256(json.dumps(rows[key]).encode()).hexdigest() != run["data"][key]:
                 return None
     return rows
+
+
+def setting(run):
+    """What runs (of `read_run`) share that differ only in seed, as a str: all that was set but where things lie."""
+    config = {k: v for k, v in run["run"]["config"].items() if k not in ("seed", "facts", "out", "overwrite", "device")}
+    facts = {k: v for k, v in run["facts"].items() if k in ("new", "n_new", "world")}
+    return json.dumps([run["run"]["method"], config, facts], sort_keys=True)
 
 
 # ------------------------------------------------------------------------------------------------------ comparison
@@ -214,7 +227,7 @@ def provenance(run):
     fact of the relation drawn at random, from those that are wrong here}. No origins, counts {}, where the rows have no
     subject and relation, or where the files that the run was trained on are not there any more."""
     wrong = [a for a in run["answers"] if a["right_before"] and not a["right_after"]]
-    trained = trained_facts(run) or {}
+    trained = run["trained"] or {}
     everything = [*run["answers"], *(row for rows in trained.values() for row in rows)]
     if not trained or not all(row.get("subject") and row.get("relation") for row in everything):
         return {"counts": {}, "chance": {}, "examples": [row | {"origin": "origin unknown"} for row in wrong]}
@@ -242,27 +255,31 @@ def provenance(run):
 
 
 def compare(runs):
-    """Summarise `runs` (from `read_run`) and test each against the first.
+    """Summarise `runs` (from `read_run`) and test each against the first of them with the same held-out facts.
 
     Returns a list of dicts, one a run: accuracies in 0..1 with Wilson intervals, `forgetting` and `peak_forgetting` in
-    points of held-out accuracy (before − after, and highest epoch − after), `mcnemar` against the first run when both
-    were scored on the same held-out rows (by the hash in run.json), held-out before/after `by` relation and kind, and the
-    `provenance` of the hallucinations."""
-    table, first = [], [a["right_after"] for a in runs[0]["answers"]]
+    points of held-out accuracy (before − after, and highest epoch − after), `mcnemar` against the first (by the hash of the
+    rows in run.json), held-out before/after `by` relation and kind, the `provenance` of the hallucinations, `when_learnt`,
+    the forgetting at the first epoch with such a share of the new facts learnt (None without one: methods that learn at
+    different speed compare fairly at equal learning), and `setting`, equal where runs differ only in seed."""
+    table, first = [], {}                      # the first run that was scored on the held-out rows of this hash
     for run in runs:
         before = [a["right_before"] for a in run["answers"]]
         after = [a["right_after"] for a in run["answers"]]
         last, n = run["metrics"][-1], len(after)
-        row = {"run": run["name"], "epochs": last["epoch"], "unknown": last.get("unknown"), "known": last.get("known"),
+        group = run["name"].removesuffix(f"-{run['run']['config']['seed']}")
+        row = {"run": run["name"], "setting": setting(run), "group": group, "epochs": last["epoch"], "unknown": last.get("unknown"), "known": last.get("known"),
                "heldout_n": n}
         if n:
             heldout = [m["heldout"] for m in run["metrics"]]
             row |= {"before": sum(before) / n, "before_interval": wilson(sum(before), n), "after": sum(after) / n,
                     "after_interval": wilson(sum(after), n), "forgetting": 100 * (sum(before) - sum(after)) / n,
                     "peak_forgetting": 100 * (max(heldout) - heldout[-1])}
-            same = run["run"]["data"].get("heldout") == runs[0]["run"]["data"].get("heldout") and len(first) == n
-            if same and run is not runs[0]:
-                row["mcnemar"] = dict(zip(("first_only", "this_only", "p"), mcnemar(first, after)))
+            row["when_learnt"] = {share: next((100 * (heldout[0] - m["heldout"]) for m in run["metrics"] if m.get("unknown", -1) >= share),
+                                              None) for share in LEARNT}
+            name, right = first.setdefault(run["run"]["data"].get("heldout"), (run["name"], after))
+            if right is not after:
+                row["mcnemar"] = dict(zip(("first", "first_only", "this_only", "p"), (name, *mcnemar(right, after))))
             row["by"] = {}
             for key in ("relation", "kind"):
                 groups = defaultdict(list)
@@ -276,41 +293,65 @@ def compare(runs):
     return table
 
 
+def spread(values, form):
+    """Mean ± standard deviation of numbers, each in `form` (a format specification), None left out: str."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "–"
+    return f"{statistics.mean(values):{form}}" + (f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else "")
+
+
+def print_table(lines, title=""):
+    """Print lines (lists of str, the first the header) in columns, the first column to the left."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    print(title + "\n" * bool(title), end="")
+    for first, *cells in lines:
+        print(f"{first:{widths[0]}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:])))
+
+
 def show(table, examples=0):
-    """Print what `compare` returned, as text, with so many examples of hallucinations a run."""
-    share = lambda x: "   –" if x is None or math.isnan(x) else f"{x:.3f}"
-    width = max(len(row["run"]) for row in table)
-    print(f"{'run':{width}}  Unknown learnt  Known trained  Known held out, before → after (95 % interval)  forgetting"
-          + "     against the first (McNemar)" * (len(table) > 1))
+    """Print what `compare` returned, as text, with so many examples of hallucinations a run. Runs that differ only in seed
+    are a row of their own each in the first table; in the others their mean ± standard deviation is."""
+    share = lambda x: "–" if x is None or math.isnan(x) else f"{x:.3f}"
+    lines = [["run", "Unknown learnt", "Known trained", "Known held out, before → after (95 % interval)", "n", "forgetting"]
+             + ["McNemar: right in the first only : here only"] * (len(table) > 1)]
     for row in table:
-        line = f"{row['run']:{width}}  {share(row['unknown']):14}  {share(row['known']):13}"
+        lines.append([row["run"], share(row["unknown"]), share(row["known"]), "–", "–", "–"] + ["–"] * (len(table) > 1))
         if row["heldout_n"]:
-            low, high = row["after_interval"]
-            line += (f"  {row['before']:.3f} → {row['after']:.3f} ({low:.3f}–{high:.3f}), n = {row['heldout_n']:<10}"
-                     f"{row['forgetting']:5.1f} points")
+            lines[-1][3:6] = [f"{row['before']:.3f} → {row['after']:.3f} ({row['after_interval'][0]:.3f}–{row['after_interval'][1]:.3f})",
+                              str(row["heldout_n"]), f"{row['forgetting']:.1f} points"]
         if test := row.get("mcnemar"):
-            line += f"   {test['first_only']} right only there, {test['this_only']} only here, p = {test['p']:.2g}"
-        elif row is not table[0] and row["heldout_n"]:
-            line += "   other held-out rows than the first"
-        print(line)
-    for key in ("relation", "kind"):
-        groups = sorted({g for row in table for g in row.get("by", {}).get(key, {})})
-        if len(groups) < 2:
-            continue
-        print(f"\nheld-out by {key}, before → after")
-        for group in groups:
-            cells = [row.get("by", {}).get(key, {}).get(group) for row in table]
-            print(f"  {group:16} n = {max(c['n'] for c in cells if c):<6}"
-                  + "   ".join(f"{c['before']:.3f} → {c['after']:.3f}" if c else f"{'–':^13}" for c in cells))
-    found = [row.get("provenance", {"counts": {}, "examples": []}) for row in table]
-    if any(f["counts"] and f["examples"] for f in found):
-        print("\nright before and wrong after: the new answer is … (share; by chance)")
-        for origin in ORIGINS:
-            cells = [(f["counts"][origin], f["counts"][origin] / len(f["examples"]), f["chance"][origin])
-                     if f["counts"] and f["examples"] else None for f in found]
-            print(f"  {origin:32}" + "   ".join("{:4} ({:4.0%}; {:4.0%})".format(*c) if c else f"{'–':^17}" for c in cells))
-    for row, f in zip(table, found):
-        for example in f["examples"][:examples]:
+            lines[-1][6] = f"{test['first_only']} : {test['this_only']}, p = {test['p']:.1g}"
+    print_table(lines)
+    settings = defaultdict(list)
+    for row in table:
+        settings[row["setting"]].append(row)
+    named = [(same[0]["run"] if len(same) == 1 else same[0]["group"], [row for row in same if row["heldout_n"]])
+             for same in settings.values()]
+    named = [(name, same) for name, same in named if same]
+    if len(settings) < len(table):
+        columns = [("unknown", ".3f"), ("known", ".3f"), ("before", ".3f"), ("after", ".3f"), ("forgetting", ".1f")]
+        print_table([["", "runs", "Unknown learnt", "Known trained", "held out before", "held out after", "forgetting"]] + [
+            [name, str(len(same)), *(spread([row[key] for row in same], form) for key, form in columns)]
+            for name, same in named], "\nmean ± standard deviation over seeds")
+    groups = {(key, group): None for _, same in named for row in same for key, groups in row["by"].items() if len(groups) > 1
+              for group in groups}
+    points = lambda cell: None if cell is None else 100 * (cell["before"] - cell["after"])
+    lines = [["", *(f"{group}" for _, group in groups), *(f"at {learnt:.0%} learnt" for learnt in LEARNT)]] + [
+        [name, *(spread([points(row["by"][key].get(group)) for row in same], ".1f") for key, group in groups),
+         *(spread([row["when_learnt"][learnt] for row in same], ".1f") for learnt in LEARNT)] for name, same in named]
+    if named:
+        print_table(lines, "\nforgetting in points: by group of held-out facts, and at the first epoch with so many new ones learnt")
+    found = [(name, [row["provenance"] for row in same if row["provenance"]["counts"] and row["provenance"]["examples"]])
+             for name, same in named]
+    if any(same for _, same in found):
+        print_table([["", "facts", *ORIGINS]] + [
+            [name, str(sum(len(f["examples"]) for f in same)),
+             *(spread([100 * f["counts"][o] / len(f["examples"]) for f in same], ".1f") + " % ("
+               + f"{statistics.mean(f['chance'][o] for f in same):.1%})".replace("%", " %") for o in ORIGINS)]
+            for name, same in found if same], "\nright before and wrong after: the new answer is … (by chance)")
+    for row in table:
+        for example in row["provenance"]["examples"][:examples] if row["heldout_n"] else []:
             print(f"\n{row['run']}, {example['origin']}\n{example['prompt']} {example['before']} → {example['after']}")
 
 
@@ -323,10 +364,9 @@ def plot(runs, path):
         fail("--plot needs matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    settings = defaultdict(list)               # runs by all that was set but the seed and where things lie
+    settings = defaultdict(list)
     for run in runs:
-        config = {k: v for k, v in run["run"]["config"].items() if k not in ("seed", "facts", "out", "overwrite", "device")}
-        settings[json.dumps([run["run"]["method"], config], sort_keys=True)].append(run)
+        settings[setting(run)].append(run)
     colours = ["#d1495b", "#2e86ab", "#edae49", "#66a182", "#8d6cab", "#00798c", "#c97b3d", "#7f7f7f", "#b5838d", "#a0b03f"]
     # Mid-grey ink on a transparent ground reads in light and in dark mode.
     ink = {"text.color": "#808080", "axes.labelcolor": "#808080", "axes.edgecolor": "#808080", "xtick.color": "#808080",

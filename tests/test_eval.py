@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import call, refused
 from eval_hallucination import (ORIGINS, accepted_answers, compare, encode_prompt, evaluate, exact_match, generate_answers,
-                                mcnemar, normalize, plot, provenance, read_jsonl, read_run, stop_ids, wilson)
+                                mcnemar, normalize, plot, provenance, read_jsonl, read_run, show, spread, stop_ids, trained_facts,
+                                wilson)
 
 
 def test_normalize_and_exact_match():
@@ -86,13 +87,14 @@ def test_evaluate(base, world):
 CONFIG = {"model": "tiny", "facts": "no-such-folder", "train": None, "known": None, "heldout": None, "seed": 0}
 
 
-def make_run(folder, after, heldout="same", **answer):
+def make_run(folder, after, heldout="same", **config):
     """A run folder by hand: eight held-out facts, all right before, `after` says which are afterwards."""
     folder.mkdir()
-    (folder / "run.json").write_text(json.dumps({"method": "x", "data": {"heldout": heldout}, "config": CONFIG}), encoding="utf-8")
+    run = {"method": "x", "data": {"heldout": heldout}, "config": CONFIG | config}
+    (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
     metrics = [{"stage": 1, "epoch": 1, "heldout": 0.1}] + [
         {"stage": 2, "epoch": i, "unknown": i / 2, "known": 1.0, "heldout": h} for i, h in enumerate((1.0, 1.0, sum(after) / 8))]
-    answers = [{"relation": "ab"[i % 2], "kind": "name", "before": "x", "after": "y", "right_before": True, "right_after": a, **answer}
+    answers = [{"relation": "ab"[i % 2], "kind": "name", "before": "x", "after": "y", "right_before": True, "right_after": a}
                for i, a in enumerate(after)]
     for name, rows in (("metrics.jsonl", metrics), ("answers.jsonl", answers)):
         (folder / name).write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
@@ -106,9 +108,22 @@ def test_compare(tmp_path):
     a, b, c = compare([first, second, third])
     assert (a["before"], a["after"], a["forgetting"], a["peak_forgetting"]) == (1.0, 0.5, 50.0, 50.0)
     assert (b["unknown"], b["known"], b["forgetting"], b["epochs"]) == (1.0, 1.0, 12.5, 2)
-    assert b["mcnemar"] == {"first_only": 0, "this_only": 3, "p": 0.25}
+    assert a["when_learnt"] == {0.5: 0.0, 0.95: 50.0}
+    assert b["mcnemar"] == {"first": str(tmp_path / "a"), "first_only": 0, "this_only": 3, "p": 0.25}
     assert "mcnemar" not in a and "mcnemar" not in c                    # other held-out rows: not paired
     assert a["by"]["relation"] == {"a": {"n": 4, "before": 1.0, "after": 1.0}, "b": {"n": 4, "before": 1.0, "after": 0.0}}
+
+
+def test_show_means_over_seeds(tmp_path, capsys):
+    """Runs that differ only in seed share a row of means in all tables but the first; other settings have their own."""
+    runs = [make_run(tmp_path / f"a-{seed}", [True] * (6 - 2 * seed) + [False] * (2 + 2 * seed), seed=seed) for seed in (0, 1)]
+    runs.append(make_run(tmp_path / "b-0", [True] * 8, epochs=3))
+    show(compare(runs))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0].split("/")[-1] for line in lines if str(tmp_path) in line] == ["a-0", "a-1", "b-0", "a", "b-0", "a", "b-0"]
+    assert "0.625 ± 0.177" in lines[7] and "37.5 ± 17.7" in lines[7] and lines[7].split()[1] == "2"      # .75 and .5: sd √.03125
+    assert lines[-2].endswith("37.5 ± 17.7") and "0.0 ± 0.0" in lines[-2]
+    assert spread([1, None, 2], ".1f") == "1.5 ± 0.7" and spread([None], ".1f") == "–" and spread([0.5], ".3f") == "0.500"
 
 
 def test_provenance_by_hand(tmp_path):
@@ -126,6 +141,7 @@ def test_provenance_by_hand(tmp_path):
         data[key] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     answers = [fact(s, "job", a) | {"before": a, "after": b, "right_before": True, "right_after": a == b} for s, a, b in heldout]
     run = {"run": {"config": CONFIG | {"facts": str(tmp_path)}, "data": data | {"heldout": "x"}}, "answers": answers}
+    run["trained"] = trained_facts(run["run"])
     found = provenance(run)
     assert [e["origin"] for e in found["examples"]] == [ORIGINS[0], ORIGINS[1], ORIGINS[3], ORIGINS[2], ORIGINS[3]]
     assert found["counts"] == dict(zip(ORIGINS, [1, 1, 1, 2]))                  # Ulm is taught, but of another relation
@@ -135,7 +151,8 @@ def test_provenance_by_hand(tmp_path):
     run["run"]["config"]["no_unknown"] = True
     assert provenance(run)["counts"] == dict(zip(ORIGINS, [0, 0, 3, 2]))
     run["run"]["data"]["known"] = "other"
-    assert provenance(run)["counts"] == {} and len(provenance(run)["examples"]) == 5
+    run["trained"] = trained_facts(run["run"])
+    assert run["trained"] is None and provenance(run)["counts"] == {} and len(provenance(run)["examples"]) == 5
 
 
 def test_show_and_ask(workplace):
@@ -144,9 +161,9 @@ def test_show_and_ask(workplace):
         call(workplace, method, "--epochs", 12, "--learning-rate", 4e-3, "--out", f"runs/{method}")
     done = call(workplace, "eval_hallucination", "runs/sft_baseline", "--show", 2, "runs/sft_freeze")
     lines = done.stdout.splitlines()
-    assert lines[1].startswith("runs/sft_baseline") and "right only there" in lines[2]
-    origins = [line for line in lines if line.strip().startswith(ORIGINS[0])]
-    assert len(origins) == 1 and origins[0].count("%") == 4
+    assert lines[1].startswith("runs/sft_baseline") and " : " in lines[2] and "McNemar" in lines[0]
+    origins = lines[lines.index(next(line for line in lines if line.startswith("right before and wrong after"))) + 1:]
+    assert origins[0].endswith(ORIGINS[-1]) and origins[1].count("%") == 8 and origins[2].startswith("runs/sft_freeze")
     answers = [row for row in read_jsonl(workplace / "runs/sft_baseline/answers.jsonl") if row["right_before"] and not row["right_after"]]
     assert len(answers) > 2 and f"A: {answers[1]['before']} → {answers[1]['after']}" in lines
     assert not any(row["after"] == answers[2]["after"] and row["prompt"] == answers[2]["prompt"] for row in answers[:2])
