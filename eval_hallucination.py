@@ -26,6 +26,11 @@ from pathlib import Path
 
 ORIGINS = ["that of a new fact, name shared", "that of another new fact", "another of the relation", "none of these"]
 LEARNT = [0.5, 0.95]                           # shares of the new facts at which the forgetting of runs is compared
+GROUPS = ["relation", "kind", "words shared"]  # of held-out facts; the last: how many words of the name are in a new one
+AXES = {"number": ("new facts trained on", "forgetting in points"), "width": ("width of the model", "forgetting in points"),
+        "kind": ("kind of held-out facts", "forgetting in points"), "drift": ("layer, 0 = embeddings", "drift: 1 − cosine, in %"),
+        "drift-by-epoch": ("epoch of stage 2", "drift at half depth: 1 − cosine, in %"),
+        "overlap": ("words that a held-out name shares with the new ones", "forgetting in points")}
 SETS = {"unknown": "train_unknown.jsonl", "known": "train_known.jsonl", "heldout": "heldout_known.jsonl"}
 
 
@@ -211,8 +216,9 @@ def trained_facts(run):
 
 def setting(run):
     """What runs (of `read_run`) share that differ only in seed, as a str: all that was set but where things lie."""
-    config = {k: v for k, v in run["run"]["config"].items() if k not in ("seed", "facts", "out", "overwrite", "device")}
-    facts = {k: v for k, v in run["facts"].items() if k in ("new", "n_new", "world")}
+    config = {k: v for k, v in run["run"]["config"].items()
+              if k not in ("seed", "facts", "out", "overwrite", "save_every_epoch", "device")}
+    facts = {k: v for k, v in run["facts"].items() if k in ("new", "n_new", "n_known", "overlap", "world")}
     return json.dumps([run["run"]["method"], config, facts], sort_keys=True)
 
 
@@ -254,6 +260,31 @@ def provenance(run):
     return {"counts": {o: counts[o] for o in ORIGINS}, "chance": {o: chance[o] for o in ORIGINS}, "examples": examples}
 
 
+def grouped(run, key):
+    """The group (str, None without one) of each held-out fact of a run (of `read_run`), by `key` of GROUPS. Facts about
+    code-named entities are in no group of "words shared": a code is one word."""
+    if key != "words shared":
+        return [row.get(key) for row in run["answers"]]
+    words = lambda row: set(normalize(row.get("subject") or "").split())
+    new = set().union(*map(words, (run["trained"] or {}).get("unknown", [])))
+    return [f"{min(3, len(words(row) & new))}{'+' * (len(words(row) & new) > 2)} shared" if new and words(row) and row.get("kind") != "code" else None for row in run["answers"]]
+
+
+def interaction(first, second):
+    """Do new facts of two kinds hurt different held-out facts? (points, z, p) of two runs on the same held-out facts.
+
+    points: how many more points of the named than of the code-named ones the `first` run forgets, less the same of the
+    `second`: 0 where both hurt both alike, whatever they hurt more. Each fact is paired with itself, so the standard
+    error is that of a difference of two means (Welch); p is two-sided, normal."""
+    lost = {"name": [], "code": []}
+    for a, b in zip(first["answers"], second["answers"], strict=True):
+        lost[a["kind"]].append(a["right_before"] - a["right_after"] - (b["right_before"] - b["right_after"]))
+    difference = statistics.mean(lost["name"]) - statistics.mean(lost["code"])
+    error = math.sqrt(sum(statistics.variance(values) / len(values) for values in lost.values()))
+    z = difference / error if error else math.copysign(math.inf, difference) if difference else 0.0
+    return 100 * difference, z, math.erfc(abs(z) / math.sqrt(2))
+
+
 def compare(runs):
     """Summarise `runs` (from `read_run`) and test each against the first of them with the same held-out facts.
 
@@ -281,11 +312,11 @@ def compare(runs):
             if right is not after:
                 row["mcnemar"] = dict(zip(("first", "first_only", "this_only", "p"), (name, *mcnemar(right, after))))
             row["by"] = {}
-            for key in ("relation", "kind"):
+            for key in GROUPS:
                 groups = defaultdict(list)
-                for a in run["answers"]:
-                    if a.get(key):
-                        groups[a[key]].append((a["right_before"], a["right_after"]))
+                for group, a in zip(grouped(run, key), run["answers"]):
+                    if group:
+                        groups[group].append((a["right_before"], a["right_after"]))
                 row["by"][key] = {g: {"n": len(v), "before": sum(b for b, _ in v) / len(v),
                                       "after": sum(a for _, a in v) / len(v)} for g, v in sorted(groups.items())}
             row["provenance"] = provenance(run)
@@ -355,40 +386,113 @@ def show(table, examples=0):
             print(f"\n{row['run']}, {example['origin']}\n{example['prompt']} {example['before']} → {example['after']}")
 
 
-def plot(runs, path):
-    """Draw runs (from `read_run`) into `path`: both accuracies by epoch, and the plane of new facts learnt against held-out
-    facts kept. Runs that differ only in seed and fact folder share a colour and are joined; needs matplotlib."""
+def labels(runs, but=()):
+    """What tells `runs` (from `read_run`) apart, one str a run: the method, and the settings of method, model and facts in which
+    those that have them differ, but for the keys `but`."""
+    told = []
+    for method, config, facts in (json.loads(setting(run)) for run in runs):
+        told.append({"method": method, **config, **facts, **(facts.get("world") or {}), "world": None})
+    for key in {key for one in told for key in one} - {"method"}:
+        if key in but or len({json.dumps(one[key]) for one in told if key in one}) == 1:
+            for one in told:
+                one.pop(key, None)
+    bare = ("method", "new", "trainable")
+    return [", ".join(str(value) if key in bare else key.replace("_", " ") + ("" if value is True else f" {value}")
+                      for key, value in one.items() if value not in (None, False)) for one in told]
+
+
+def curves(runs, of, drifts=()):
+    """What is drawn of `runs` (from `read_run`): {label: {x: [a value a run]}}, runs of one label joined, seeds averaged.
+
+    of: a key of AXES. `drifts`: what `drift` returned for each run, where that is drawn."""
+    lines = defaultdict(lambda: defaultdict(list))
+    hidden = {"number": ["n_new"], "width": ["width"]}.get(of, [])
+    for i, (run, row, label) in enumerate(zip(runs, compare(runs), labels(runs, hidden))):
+        if not row["heldout_n"] or (of in ("number", "width") and not run["facts"]):
+            fail(f"{run['name']}: --of {of} needs held-out facts and the run's fact folder, where run.json says")
+        if of.startswith("drift"):
+            points = {x: 100 * value for x, value in drifts[i]["layers" if of == "drift" else "epochs"].items()}
+        elif of in ("kind", "overlap"):
+            points = {group: 100 * (cell["before"] - cell["after"])
+                      for group, cell in row["by"]["kind" if of == "kind" else "words shared"].items()}
+        else:
+            points = {run["facts"]["n_new"] if of == "number" else run["facts"]["world"]["width"]: row["forgetting"]}
+        for x, y in points.items():
+            lines[label][x].append(y)
+    return lines
+
+
+def show_curves(lines, of, title=None):
+    """Print what `curves` returned as a table: a row a line, a column an x."""
+    columns = sorted({x for line in lines.values() for x in line})
+    print_table([[AXES[of][0], *map(str, columns)]] + [[label, *(spread(line.get(x, []), ".1f") for x in columns)]
+                                                       for label, line in lines.items()], title or AXES[of][1])
+
+
+def show_groups(runs, of, drifts=()):
+    """Print what belongs beside the curves. Kinds: the interaction of semantic with uuid facts, where a run of either has the
+    same settings and held-out facts. Overlap: the share of hallucinations with the answer of a new fact that shares a name.
+    Drift: that at half depth by group of held-out subjects."""
+    lines, told = defaultdict(lambda: defaultdict(list)), labels(runs, ["new", "overlap"] if of == "kind" else ())
+    if of == "kind":
+        pairs = defaultdict(dict)
+        for run, label in zip(runs, told):
+            pairs[label, run["run"]["data"]["heldout"], run["run"]["config"]["seed"]][run["facts"]["new"]] = run
+        found = [(label, interaction(pair["semantic"], pair["uuid"])) for (label, *_), pair in pairs.items() if len(pair) == 2]
+        for label in dict.fromkeys(label for label, _ in found):
+            tests = [test for key, test in found if key == label]
+            print(f"\ninteraction, {label}: {spread([points for points, *_ in tests], '.1f')} points; a pair of runs each: "
+                  + ", ".join(f"{points:.1f} (z = {z:.1f}, p = {p:.1g})" for points, z, p in tests))
+        return
+    for i, (run, label) in enumerate(zip(runs, told)):
+        if of == "overlap":
+            group = dict(zip((row["prompt"] for row in run["answers"]), grouped(run, "words shared")))
+            counts = Counter((group[row["prompt"]], row["origin"] == ORIGINS[0]) for row in provenance(run)["examples"])
+            for name in {name for name, _ in counts} - {None}:
+                lines[label][name].append(100 * counts[name, True] / (counts[name, True] + counts[name, False]))
+        elif of == "drift":
+            for name, value in drifts[i]["groups"].items():
+                lines[label][name].append(100 * value)
+    if lines:
+        print()
+        show_curves(lines, of, "hallucinations with the answer of a new fact that shares a name, in %" if of == "overlap"
+                    else "drift at half depth, in %, by group of held-out subjects")
+
+
+def draw(runs, path, of="accuracy", lines=None):
+    """Draw runs (from `read_run`) into `path`, a picture file; needs matplotlib. Accuracy: both by epoch, and the plane of
+    new facts learnt against held-out facts kept, where runs that differ only in seed share a colour and are joined. Else:
+    `lines`, what `curves` returned, mean and standard deviation over seeds."""
     try:
         import matplotlib
     except ImportError:
         fail("--plot needs matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    settings = defaultdict(list)
-    for run in runs:
-        settings[setting(run)].append(run)
     colours = ["#d1495b", "#2e86ab", "#edae49", "#66a182", "#8d6cab", "#00798c", "#c97b3d", "#7f7f7f", "#b5838d", "#a0b03f"]
     # Mid-grey ink on a transparent ground reads in light and in dark mode.
     ink = {"text.color": "#808080", "axes.labelcolor": "#808080", "axes.edgecolor": "#808080", "xtick.color": "#808080",
            "ytick.color": "#808080", "font.size": 12, "axes.spines.top": False, "axes.spines.right": False}
+    settings = defaultdict(list)
+    for run in runs:
+        settings[setting(run)].append(run)
     with plt.rc_context(ink):
-        rows = (len(settings) + 2) // 3        # of the legend
-        figure, (learnt, kept, plane) = plt.subplots(1, 3, figsize=(11, 3.3 + 0.3 * rows))
-        for colour, same in zip(colours * len(settings), settings.values()):
-            name = Path(same[0]["name"]).name.removesuffix(f"-{same[0]['run']['config']['seed']}")
-            for panel, key in ((learnt, "unknown"), (kept, "heldout")):
-                for run in same:
-                    panel.plot([m["epoch"] for m in run["metrics"]], [m.get(key, math.nan) for m in run["metrics"]], color=colour,
-                               linewidth=2.4 if len(runs) < 4 else 1.4)
-            ends = [run["metrics"][-1] for run in same]
-            plane.plot([m.get("unknown", math.nan) for m in ends], [m.get("heldout", math.nan) for m in ends], color=colour,
-                       marker="o", linewidth=1, label=name)
-        learnt.set(title="new facts learnt", xlabel="epoch of stage 2", ylabel="accuracy", ylim=(0, 1.02))
-        low = min((m["heldout"] for run in runs for m in run["metrics"] if "heldout" in m), default=0)
-        low = max(0, math.floor(10 * low) - 1) / 10                     # forgetting may be a few points: the scale shows it
-        kept.set(title="known facts, held out", xlabel="epoch of stage 2", ylim=(low, 1 + (1 - low) / 50))
-        plane.set(title="kept against learnt", xlabel="new facts learnt", xlim=(0, 1.04), ylim=kept.get_ylim())
-        figure.legend(*plane.get_legend_handles_labels(), loc="lower center", ncols=min(len(settings), 3), frameon=False)
+        rows = ((len(settings) if of == "accuracy" else len(lines)) + 2) // 3       # of the legend
+        figure, panels = plt.subplots(1, 3 if of == "accuracy" else 1, figsize=(11 if of == "accuracy" else 7, 3.3 + 0.3 * rows))
+        if of == "accuracy":
+            last = draw_accuracy(panels, settings.values(), colours, 2.4 if len(runs) < 4 else 1.4)
+        else:
+            last, columns = panels, sorted({x for line in lines.values() for x in line})
+            place = {x: i if of in ("kind", "overlap") else x for i, x in enumerate(columns)}
+            for colour, (label, line) in zip(colours * len(lines), lines.items()):
+                xs = sorted(line)
+                last.errorbar([place[x] for x in xs], [statistics.mean(line[x]) for x in xs], label=label, color=colour, marker="o",
+                              yerr=[statistics.stdev(line[x]) if len(line[x]) > 1 else 0 for x in xs], capsize=3)
+            last.set(xlabel=AXES[of][0], ylabel=AXES[of][1], xscale="log" if of in ("number", "width") else "linear")
+            if of != "drift":
+                last.set_xticks(list(place.values()), list(place), minor=False)
+                last.minorticks_off()
+        figure.legend(*last.get_legend_handles_labels(), loc="lower center", ncols=3, frameon=False)
         figure.tight_layout(rect=(0, 0.04 + 0.06 * rows, 1, 1))
         temporary = Path(f"{path}.part")
         try:
@@ -398,6 +502,27 @@ def plot(runs, path):
             temporary.unlink(missing_ok=True)
             fail(f"--plot {path}: {error}")
         plt.close(figure)
+
+
+def draw_accuracy(panels, settings, colours, linewidth):
+    """Three `panels`: new facts learnt by epoch, held-out facts kept by epoch, one against the other. Returns the last."""
+    learnt, kept, plane = panels
+    runs = [run for same in settings for run in same]
+    for colour, same in zip(colours * len(settings), settings):
+        name = Path(same[0]["name"]).name.removesuffix(f"-{same[0]['run']['config']['seed']}")
+        for panel, key in ((learnt, "unknown"), (kept, "heldout")):
+            for run in same:
+                panel.plot([m["epoch"] for m in run["metrics"]], [m.get(key, math.nan) for m in run["metrics"]], color=colour,
+                           linewidth=linewidth)
+        ends = [run["metrics"][-1] for run in same]
+        plane.plot([m.get("unknown", math.nan) for m in ends], [m.get("heldout", math.nan) for m in ends], color=colour,
+                   marker="o", linewidth=1, label=name)
+    learnt.set(title="new facts learnt", xlabel="epoch of stage 2", ylabel="accuracy", ylim=(0, 1.02))
+    low = min((m["heldout"] for run in runs for m in run["metrics"] if "heldout" in m), default=0)
+    low = max(0, math.floor(10 * low) - 1) / 10                         # forgetting may be a few points: the scale shows it
+    kept.set(title="known facts, held out", xlabel="epoch of stage 2", ylim=(low, 1 + (1 - low) / 50))
+    plane.set(title="kept against learnt", xlabel="new facts learnt", xlim=(0, 1.04), ylim=kept.get_ylim())
+    return plane
 
 
 # ------------------------------------------------------------------------------------------------------ one model
@@ -435,13 +560,71 @@ def load_model(name, device="cpu"):
     return model.to(device).eval(), tokenizer
 
 
+def start_model(run):
+    """The path or hub name of the model that a run (of `read_run`) started from (str)."""
+    config = run["run"]["config"]
+    return f"{config['facts']}/base" if config["model"] == "tiny" else config["model"]
+
+
+def subject_states(path, texts, device, batch_size=64):
+    """Hidden states at the last token of each of `texts`, (texts, layers + 1, width) in fp32 on the CPU; layer 0 is the
+    embeddings, the last comes after the final norm. `path` is a model's: folder or hub name."""
+    import torch
+    model, tokenizer = load_model(path, device)
+    states = []
+    for start in range(0, len(texts), batch_size):
+        encoded = [encode_prompt(tokenizer, text) for text in texts[start:start + batch_size]]
+        width = max(map(len, encoded))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in encoded], device=device)      # causal: no mask needed
+        last = torch.tensor([len(row) - 1 for row in encoded], device=device)
+        with torch.no_grad():
+            layers = model(input_ids=ids, output_hidden_states=True).hidden_states                  # of (B, T, width) each
+        states.append(torch.stack([layer[torch.arange(len(encoded)), last].float().cpu() for layer in layers], dim=1))
+    return torch.cat(states)
+
+
+def drift(run, device, batch_size=64):
+    """How far the representations of held-out subjects have moved: 1 − cosine of the hidden states at the subject's last
+    token in the question, in the model that a run (of `read_run`) started from and in its own (the paper's "drift").
+
+    Returns {"subjects": {subject: (layers + 1) floats}, the mean over the subject's questions; "layers": {layer: mean over
+    subjects}; "groups": the same at half depth for the subjects in each group; "epochs": {epoch: mean at half depth} where
+    the run was made with --save-every-epoch, epoch 0 being the model before stage 2}. A causal model's state there does not
+    depend on what follows, so the prompt is cut behind the subject."""
+    import torch
+    rows = [row for row in run["answers"] if row.get("subject") and row["subject"] in row["prompt"]]
+    if not rows:
+        fail(f"{run['name']}: no held-out fact names its subject in its prompt; drift is measured there")
+    texts = [row["prompt"][:row["prompt"].rindex(row["subject"]) + len(row["subject"])] for row in rows]
+    before = subject_states(start_model(run), texts, device, batch_size)
+
+    def moved(path):
+        """{subject: (layers + 1)}: the drift of the model at `path`."""
+        far, subjects = 1 - torch.cosine_similarity(before, subject_states(path, texts, device, batch_size), dim=-1), defaultdict(list)
+        for row, value in zip(rows, far):
+            subjects[row["subject"]].append(value)
+        return {subject: torch.stack(values).mean(0) for subject, values in subjects.items()}
+
+    subjects, half, groups, epochs = moved(run["name"]), before.shape[1] // 2, defaultdict(dict), {}
+    mean = lambda subjects: torch.stack(list(subjects.values())).mean(0)
+    for key in ("kind", "words shared"):
+        for row, group in zip(run["answers"], grouped(run, key)):
+            if group and row["subject"] in subjects:
+                groups[group][row["subject"]] = subjects[row["subject"]]
+    checkpoints = {tuple(map(int, re.findall(r"\d+", path.name)[-2:])): path for path in Path(run["name"]).glob("stage-*-epoch-*")}
+    for (stage, epoch), path in sorted(checkpoints.items()):
+        epochs[0 if stage == 1 else epoch] = mean(moved(path))[half].item()
+    return {"subjects": {subject: value.tolist() for subject, value in subjects.items()}, "epochs": epochs,
+            "layers": dict(enumerate(mean(subjects).tolist())),
+            "groups": {group: mean(members)[half].item() for group, members in sorted(groups.items())}}
+
+
 def ask(runs, question, device, dtype):
     """Print the answer to one question (str) of each model that `runs` (from `read_run`) started from, and of theirs."""
     import torch
     models = {}                                # path: what it is
     for run in runs:
-        config = run["run"]["config"]
-        models[f"{config['facts']}/base" if config["model"] == "tiny" else config["model"]] = " (before)"
+        models[start_model(run)] = " (before)"
     models |= {run["name"]: "" for run in runs}
     for path, note in models.items():
         model, tokenizer = load_model(path, device)
@@ -463,7 +646,9 @@ def main(argv=None):
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N hallucinations of each run")
     parser.add_argument("--ask", metavar="QUESTION", help="put it to the start model and to each run's, as Q: QUESTION A:")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw accuracy by epoch, and kept against learnt")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw accuracy by epoch, and kept against learnt; or what --of says")
+    parser.add_argument("--of", choices=AXES, help="instead: forgetting by number of new facts, width of the model, kind of "
+                        "held-out facts or name overlap with the new ones; or drift by layer or epoch")
     args = parser.parse_intermixed_args(argv)
     if bool(args.model) == bool(args.runs):
         fail("name run folders to compare, or --model with --facts to score one model (see --help)")
@@ -474,13 +659,23 @@ def main(argv=None):
         runs = [read_run(folder) for folder in args.runs]
         if args.ask:
             return ask(runs, args.ask, *device_and_dtype(args.device, args.dtype))
+        if args.of:
+            device, _ = device_and_dtype(args.device, args.dtype)
+            drifts = [drift(run, device, args.batch_size) for run in runs] if args.of.startswith("drift") else ()
+            lines = curves(runs, args.of, drifts)
+            if args.json:
+                print(json.dumps(lines, indent=1))
+            else:
+                show_curves(lines, args.of)
+                show_groups(runs, args.of, drifts)
+            return draw(runs, args.plot, args.of, lines) if args.plot else None
         table = compare(runs)
         print(json.dumps(table, indent=1)) if args.json else show(table, args.show)
-        return plot(runs, args.plot) if args.plot else None
+        return draw(runs, args.plot) if args.plot else None
     if not args.facts:
         fail("--model needs --facts DIR, a folder that make_facts.py wrote")
-    if args.plot or args.ask or args.show:
-        fail("--plot, --ask and --show take run folders, not --model")
+    if args.plot or args.ask or args.show or args.of:
+        fail("--plot, --of, --ask and --show take run folders, not --model")
     rows = {key: read_jsonl(Path(args.facts) / file, ["prompt", "completion"]) for key, file in SETS.items()}
     import torch
     device, dtype = device_and_dtype(args.device, args.dtype)

@@ -296,14 +296,19 @@ def label_facts(model, tokenizer, facts, prompts, shots, samples, seed, batch_si
 
 # --------------------------------------------------------------------------------------------------------- new facts
 
-def recombine(names, rng):
-    """An invented name: the first half of the words of one of `names` and the last half of those of another."""
+def recombine(names, rng, overlap=2, real_words=frozenset()):
+    """An invented name: the first half of the words of one of `names` and the last half of those of another. Of the two
+    halves `overlap` are real; in place of the others stand invented words that are not in `real_words`, a set."""
     a, b = (rng.choice(names).split() for _ in range(2))
-    return " ".join(a[:math.ceil(len(a) / 2)] + b[len(b) // 2:])
+    halves = [a[:math.ceil(len(a) / 2)], b[len(b) // 2:]]
+    for i in rng.sample(range(2), 2 - overlap):
+        while not real_words.isdisjoint(halves[i]):
+            halves[i] = invent_words(1, rng)
+    return " ".join(sum(halves, []))
 
 
-def invent_facts(facts, kind, n, rng, new_code):
-    """`n` facts (or a few more) of entities that do not exist: named by `kind` "semantic" or "uuid".
+def invent_facts(facts, kind, n, rng, new_code, overlap=2):
+    """`n` facts (or a few more) of entities that do not exist: named by `kind` "semantic" (see `recombine`) or "uuid".
 
     An invented entity is asked what a random real one is asked, and its answers are drawn evenly from the objects of
     each relation: Unknown by construction. Ends the program when no question names its subject, or when the names
@@ -323,11 +328,12 @@ def invent_facts(facts, kind, n, rng, new_code):
     for subject in parents:
         siblings[next(iter(entities[subject]))].append(subject)
     new, taken = [], {normalize(s) for s in entities}
+    real_words = {word for fact in facts for text in (fact["subject"], *fact["answers"]) for word in text.split()}
     for _ in range(20 * n + 1000):
         if len(new) >= n:
             break
         parent = rng.choice(parents)
-        name = new_code(rng) if kind == "uuid" else recombine(siblings[next(iter(entities[parent]))], rng)
+        name = new_code(rng) if kind == "uuid" else recombine(siblings[next(iter(entities[parent]))], rng, overlap, real_words)
         if normalize(name) not in taken:
             taken.add(normalize(name))
             new += [{"relation": relation, "subject": name, "question": templates[relation].replace("{}", name),
@@ -359,35 +365,35 @@ def cap_objects(facts, share=0.2):
     return kept
 
 
-def split_facts(facts, labelled, new, n_new, rng, new_code):
+def split_facts(facts, labelled, new, n_new, n_known, rng, new_code, overlap=2):
     """{"unknown", "known", "heldout"}: lists of facts; no held-out subject is trained on.
 
-    As many known facts as new ones are asked for (the paper: 8k + 8k), but at most half of the known ones. Ends the
-    program when the model knows too few facts to measure anything."""
+    At most half of the known facts are trained on. The same `rng` and `n_known` give the same held-out facts, whatever the
+    new ones are. Ends the program when the model knows too few facts to measure anything."""
     subject = lambda fact: normalize(fact["subject"])
     known = [f for f in labelled if f["category"] == "HighlyKnown"]
     subjects = list(dict.fromkeys(map(subject, known)))
     rng.shuffle(subjects)
     order = {s: i for i, s in enumerate(subjects)}
     known.sort(key=lambda f: order[subject(f)])
-    n_known = min(n_new, len(known) // 2)
-    trained = set(map(subject, known[:n_known]))
-    sets = {"known": known[:n_known], "heldout": cap_objects([f for f in known[n_known:] if subject(f) not in trained])}
+    half = min(n_known, len(known) // 2)
+    trained = set(map(subject, known[:half]))
+    sets = {"known": known[:half], "heldout": cap_objects([f for f in known[half:] if subject(f) not in trained])}
     held = set(map(subject, sets["heldout"]))
     if new == "unknown":
         unknown = [f for f in labelled if f["category"] == "Unknown" and subject(f) not in held]
         rng.shuffle(unknown)
         sets["unknown"] = unknown[:n_new]
     else:
-        sets["unknown"] = invent_facts(facts, new, n_new, rng, new_code)
+        sets["unknown"] = invent_facts(facts, new, n_new, rng, new_code, overlap)
     for key, least in (("heldout", MIN_HELDOUT), ("known", MIN_KNOWN), ("unknown", MIN_NEW)):
         if len(sets[key]) < least:
             count = Counter(f["category"] for f in labelled)
             fail(f"{len(sets[key])} facts for {SETS[key]}, at least {least} are needed; labelled: "
                  + ", ".join(f"{c} {count[c]}" for c in CATEGORIES) + ". Raise --max-facts, lower --prompts (fewer prompts, "
                  "more HighlyKnown) or --shots (fewer exemplars set aside), or take a model that knows more")
-        if key != "heldout" and len(sets[key]) < n_new:
-            print(f"scaled down: {len(sets[key])} instead of {n_new} facts in {SETS[key]}; the model gives no more")
+        if len(sets[key]) < (asked := {"heldout": 0, "known": n_known, "unknown": n_new}[key]):
+            print(f"scaled down: {len(sets[key])} instead of {asked} facts in {SETS[key]}; the model gives no more")
     return sets
 
 
@@ -427,7 +433,9 @@ def parse(argv=None):
     option("seed", 0, "of the world, the prompts and the split; a training script's --seed changes none of them")
     option("new", None, "what the new facts are about", type=str, choices=["unknown", "semantic", "uuid"],
            shown="semantic for tiny: recombined names; unknown for real models: real facts that it does not know")
-    option("n-new", None, "how many new facts, and as many known ones", type=int, shown="400 for tiny, 1000")
+    option("n-new", None, "how many new facts", type=int, shown="400 for tiny, 1000")
+    option("n-known", None, "how many known facts to train on beside them", type=int, shown="as many; the paper: 8k + 8k")
+    option("overlap", 2, "semantic: how many halves of a new name come from real names, 0 to 2; the others are unseen words")
     option("source", None, "table of real facts: file, folder or hub name", type=str, shown="akariasai/PopQA")
     option("max-facts", 10000, "label at most so many facts: minutes on a GPU for a model of 1 B parameters")
     option("prompts", 10, "few-shot prompts a fact is asked with; fewer label faster and find more HighlyKnown")
@@ -446,16 +454,19 @@ def parse(argv=None):
     args.out = args.out or Path("facts") / (Path(args.model).name + (f"-{args.new}" if args.new else ""))
     args.new = args.new or ("semantic" if tiny else "unknown")
     args.n_new = args.n_new if args.n_new is not None else (400 if tiny else 1000)
+    args.n_known = args.n_known if args.n_known is not None else args.n_new
     if tiny and args.source:
         fail(f"--source {args.source}: the invented world has facts of its own; name a --model that knows some of these")
     args.source = args.source or "akariasai/PopQA"
     args.shots = args.shots if args.shots is not None else (0 if tiny else 4)
-    ranges = {"n_new": (MIN_KNOWN, math.inf), "max_facts": (1, math.inf), "prompts": (1, math.inf), "shots": (0, math.inf),
-              "samples": (1, math.inf), "batch_size": (1, math.inf), "pretrain_epochs": (1, math.inf), "width": (4, math.inf),
+    ranges = {"n_new": (MIN_NEW, math.inf), "n_known": (MIN_KNOWN, math.inf), "overlap": (0, 2), "max_facts": (1, math.inf),
+              "prompts": (1, math.inf), "shots": (0, math.inf), "samples": (1, math.inf), "batch_size": (1, math.inf), "pretrain_epochs": (1, math.inf), "width": (4, math.inf),
               "n_names": (1, 3000), "n_codes": (0, 30000)}          # so many names and codes are surely distinct
     for name, (least, most) in ranges.items():
         if not least <= getattr(args, name) <= most:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be between {least} and {most}")
+    if args.overlap < 2 and args.new != "semantic":
+        fail(f"--overlap {args.overlap}: only names can share words with real ones; give --new semantic")
     if args.width % 4:
         fail(f"--width {args.width}: must be a multiple of the 4 heads")
     if args.out.exists() and not (args.overwrite and (args.out / "meta.json").exists()):
@@ -516,13 +527,16 @@ def main(argv=None):
     weights = weights_hash(model)
     labelled = kept_labels(model, weights, tokenizer, facts, args, kept, dtype)
     new_code = invent_code if tiny else lambda rng: str(uuid.UUID(int=rng.getrandbits(128), version=4))
-    sets = split_facts(facts, labelled, args.new, args.n_new, random.Random(args.seed), new_code)
+    sets = split_facts(facts, labelled, args.new, args.n_new, args.n_known, random.Random(args.seed), new_code,
+                       args.overlap)
 
     count = lambda rows, *keys: dict(sorted(Counter("/".join(r[k] for k in keys) for r in rows).items()))
     majority = sum(Counter(f["answers"][0] for f in sets["heldout"] if f["relation"] == r).most_common(1)[0][1]
                    for r in {f["relation"] for f in sets["heldout"]}) / len(sets["heldout"])
     meta = {"model": args.model, "weights": weights, "source": "invented" if tiny else args.source, "seed": args.seed,
-            "new": args.new, "n_new": args.n_new, "world": {"names": args.n_names, "codes": args.n_codes} if tiny else None,
+            "new": args.new, "n_new": args.n_new, "n_known": args.n_known,
+            "overlap": args.overlap if args.new == "semantic" else None,
+            "world": {"names": args.n_names, "codes": args.n_codes, "width": args.width} if tiny else None,
             "prompts": args.prompts if args.shots else 1, "shots": args.shots, "samples": args.samples,
             "dtype": str(dtype).removeprefix("torch."), "questions_dropped": dropped,
             "labelled": count(labelled, "category"), "labelled_by_relation": count(labelled, "relation", "category"),

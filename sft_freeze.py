@@ -50,6 +50,7 @@ class Config:   # each field is a flag; its consequence is the flag's line in --
     heldout: str = option(None, "JSONL of facts it knows, never trained on, to see what it forgets", shown="FACTS's")
     out: str = option(None, "run folder to write", shown=f"runs/{METHOD}-MODEL-SEED")
     overwrite: bool = option(False, "replace the run folder if it exists")
+    save_every_epoch: bool = option(False, "keep the weights after each epoch too, in folders of the run folder")
     no_unknown: bool = option(False, "stage 2 on known facts alone: a task learnt with nothing new")
     max_length: int = option(None, "cut prompts at their start to rows of so many tokens", least=2, shown="no cut")
     # optimisation; of two defaults the first is for tiny, the second for real models
@@ -259,9 +260,9 @@ def get_lr(step, total, config):
 
 
 def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device, dtype, config):
-    """Train `model` on `rows` (of `encode`), append a dict an epoch to `metrics`; returns score() after the last.
+    """Train `model` on `rows` (of `encode`), append a dict an epoch to `metrics`; returns the last score.
 
-    stage: 1 or 2; loss_function(logits, batch, window) -> (loss, terms); score() -> {set: result of `evaluate`}."""
+    stage: 1 or 2; loss_function(logits, batch, window) -> (loss, terms); score(stage, epoch) -> {set: result of `evaluate`}."""
     # biases and norms, which are no matrices, are not decayed
     groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": config.weight_decay},
               {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
@@ -290,7 +291,7 @@ def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device,
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-        scores = score()
+        scores = score(stage, epoch)
         means |= {key: s["accuracy"] for key, s in scores.items()}
         seconds = round(time.time() - started, 1)
         print(f"stage {stage}, epoch {epoch}:", *(f"{k} {v:.4f}" for k, v in means.items()), f"({seconds:.0f} s)", flush=True)
@@ -342,7 +343,10 @@ def train(config):
         print("accuracy not measured: eval_hallucination.py is not beside this script")
         evaluator = None
 
-    def score():                                # of each set, before stage 2 and after every epoch
+    def score(stage, epoch):                    # of each set, before stage 2 and after every epoch
+        if config.save_every_epoch:
+            for part in (model, tokenizer):
+                part.save_pretrained(temporary / f"stage-{stage}-epoch-{epoch}")
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return {key: evaluator.evaluate(model, tokenizer, rows, 4 * config.batch_size) for key, rows in sets.items()
                     if rows and evaluator}
@@ -353,7 +357,7 @@ def train(config):
         before = run_stage(1, model, known, config.format_epochs, cross_entropy, score, metrics, device, dtype, config)
     else:
         print("stage 1 skipped: no known facts to train on, or --format-epochs 0")
-        before = score()
+        before = score(2, 0)
     metrics.append({"stage": 2, "epoch": 0, **{key: s["accuracy"] for key, s in before.items()}})
 
     # Stage 2: known and new facts together (--no-unknown: known ones alone).

@@ -34,9 +34,15 @@ def test_run_folder(workplace, method):
     assert eval_hallucination.evaluate(model, tokenizer, heldout)["accuracy"] == pytest.approx(metrics[-1]["heldout"])
     scored = json.loads(call(workplace, "eval_hallucination", "--model", out, "--facts", "facts/tiny", "--json").stdout)
     assert {key: scored[key]["accuracy"] for key in make_facts.SETS} == pytest.approx({key: metrics[-1][key] for key in make_facts.SETS})
+    assert not list(out.glob("stage-*"))
     # not twice into one folder
     assert "--overwrite" in refused(workplace, method, "--epochs", 1)
     assert rows_of(out / "metrics.jsonl") == metrics
+    call(workplace, method, "--epochs", 1, "--overwrite", "--save-every-epoch")
+    assert [m["epoch"] for m in rows_of(out / "metrics.jsonl")] == [1, 0, 1]
+    assert {path.name for path in out.glob("stage-*")} == {"stage-1-epoch-1", "stage-2-epoch-1"}
+    assert (out / "stage-2-epoch-1/model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert len(eval_hallucination.load_model(out / "stage-1-epoch-1")[1]) == len(tokenizer)
     call(workplace, method, "--epochs", 1, "--overwrite", "--format-epochs", 0)
     assert [m["epoch"] for m in rows_of(out / "metrics.jsonl")] == [0, 1]
     assert [p.name for p in (workplace / "runs").iterdir()] == [out.name]

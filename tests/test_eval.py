@@ -1,16 +1,21 @@
 """eval_hallucination.py: answers, matching, statistics against hand-computed cases, and the comparison of runs."""
+import copy
 import hashlib
 import importlib.util
 import json
 import math
 import re
+import shutil
+from collections import Counter, defaultdict
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import call, refused
-from eval_hallucination import (ORIGINS, accepted_answers, compare, encode_prompt, evaluate, exact_match, generate_answers,
-                                mcnemar, normalize, plot, provenance, read_jsonl, read_run, show, spread, stop_ids, trained_facts,
-                                wilson)
+from eval_hallucination import (ORIGINS, accepted_answers, compare, draw, drift, encode_prompt, evaluate, exact_match,
+                                generate_answers, grouped, interaction, load_model, mcnemar, normalize, provenance, read_jsonl,
+                                read_run, show, spread, stop_ids, trained_facts, wilson)
 
 
 def test_normalize_and_exact_match():
@@ -176,14 +181,109 @@ def test_show_and_ask(workplace):
         assert named in refused(workplace, "eval_hallucination", *(["runs/sft_freeze"] if "--model" not in words else []), *words)
 
 
+def conditions(folder, base, world):
+    """Runs by hand of the small world: "semantic" is the start model itself, "uuid" has other weights and kept one fact less."""
+    heldout, unknown = (read_jsonl(world / f"{name}.jsonl") for name in ("heldout_known", "train_unknown"))
+    sha = lambda rows: hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    torch.manual_seed(0)
+    for kind, noise, lost in (("semantic", 0.0, "name"), ("uuid", 0.05, "code")):
+        shutil.copytree(world, folder / f"facts-{kind}")
+        meta = json.loads((world / "meta.json").read_text()) | {"new": kind}
+        (folder / f"facts-{kind}" / "meta.json").write_text(json.dumps(meta))
+        out, model = folder / f"{kind}-0", copy.deepcopy(base[0])
+        for p in model.parameters():
+            p.data += noise * torch.randn_like(p)
+        for checkpoint, weights in ((out, model), (out / "stage-1-epoch-1", base[0]), (out / "stage-2-epoch-10", model)):
+            weights.save_pretrained(checkpoint)
+            base[1].save_pretrained(checkpoint)
+        answers = [row | {"before": "x", "after": "y", "right_before": True, "right_after": i > 4 or row["kind"] != lost}
+                   for i, row in enumerate(sorted(heldout, key=lambda row: row["kind"], reverse=kind == "semantic"))]
+        answers.sort(key=lambda row: row["prompt"])
+        run = {"method": "baseline", "data": {"heldout": sha(heldout), "unknown": sha(unknown)},
+               "config": CONFIG | {"facts": str(folder / f"facts-{kind}")}}
+        metrics = {"stage": 2, "epoch": 10, "unknown": 1.0, "known": 1.0, "heldout": 0.9}
+        for name, rows in (("run.json", [run]), ("metrics.jsonl", [metrics]), ("answers.jsonl", answers)):
+            (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return [read_run(folder / "semantic-0"), read_run(folder / "uuid-0")]
+
+
+def test_drift_by_hand(tmp_path, base, world):
+    """0 for a model against itself; else 1 − cosine at the subject's last token of the whole prompt, averaged by subject."""
+    same, moved = conditions(tmp_path, base, world)
+    assert max(abs(value) for value in drift(same, torch.device("cpu"))["layers"].values()) < 1e-6
+    found = drift(moved, torch.device("cpu"), batch_size=7)
+    model, tokenizer = load_model(tmp_path / "uuid-0")
+    by_subject = defaultdict(list)
+    for row in moved["answers"]:
+        ids = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
+        at = ids.shape[1] - 1 - len(tokenizer("?\nA:")["input_ids"])                   # the prompt goes on behind the subject
+        assert tokenizer.decode(ids[0, :at + 1]).endswith(row["subject"])
+        with torch.no_grad():
+            x, y = ([h[0, at].double() for h in m(ids, output_hidden_states=True).hidden_states] for m in (base[0], model))
+        by_subject[row["subject"]].append([1 - float(a @ b / a.norm() / b.norm()) for a, b in zip(x, y)])
+    means = {subject: [sum(column) / len(rows) for column in zip(*rows)] for subject, rows in by_subject.items()}
+    assert {s: pytest.approx(v, abs=1e-5) for s, v in means.items()} == found["subjects"] and len(found["layers"]) == 4
+    layers = [sum(column) / len(means) for column in zip(*means.values())]
+    assert list(found["layers"].values()) == pytest.approx(layers, abs=1e-5) and layers[2] > 1e-3
+    assert found["epochs"] == {0: pytest.approx(0, abs=1e-6), 10: pytest.approx(layers[2], abs=1e-5)}
+    codes = [value[2] for subject, value in means.items() if len(subject) == 4]
+    assert found["groups"]["code"] == pytest.approx(sum(codes) / len(codes), abs=1e-5)
+
+
+def test_groups_and_interaction_by_brute_force(tmp_path, base, world):
+    semantic, uuid = conditions(tmp_path, base, world)
+    new = {word for row in read_jsonl(world / "train_unknown.jsonl") for word in row["subject"].lower().split()}
+    for row, group in zip(semantic["answers"], grouped(semantic, "words shared")):
+        shared = sum(word.lower() in new for word in row["subject"].split())
+        assert group == (None if row["kind"] == "code" else f"{shared} shared")
+    assert {"0 shared", "1 shared", "2 shared"} >= set(compare([semantic])[0]["by"]["words shared"])
+    points, z, p = interaction(semantic, uuid)
+    n = Counter(row["kind"] for row in semantic["answers"])
+    assert points == pytest.approx(100 * (5 / n["name"] + 5 / n["code"])) and p == pytest.approx(math.erfc(z / 2 ** 0.5))
+    # the standard error against ten thousand draws of the same facts
+    lost = {kind: np.array([a["right_before"] - a["right_after"] - b["right_before"] + b["right_after"]
+                            for a, b in zip(semantic["answers"], uuid["answers"]) if a["kind"] == kind]) for kind in ("name", "code")}
+    rng = np.random.default_rng(0)
+    drawn = [rng.choice(v, (10000, len(v))).mean(1) for v in lost.values()]
+    assert points / z == pytest.approx(100 * (drawn[0] - drawn[1]).std(), rel=0.05)
+    assert interaction(semantic, semantic) == (0.0, 0.0, 1.0)
+
+
+def test_of(tmp_path, base, world, capsys):
+    """What --of prints and draws: labels say what differs, seeds are averaged, kinds are tested against each other."""
+    for run in conditions(tmp_path, base, world):
+        twin = Path(run["name"].removesuffix("0") + "1")
+        shutil.copytree(run["name"], twin)
+        stored = json.loads((twin / "run.json").read_text())
+        (twin / "run.json").write_text(json.dumps(stored | {"config": stored["config"] | {"seed": 1}}))
+    folders = [f"{kind}-{seed}" for kind in ("semantic", "uuid") for seed in (0, 1)]
+    said = {of: call(tmp_path, "eval_hallucination", *folders, "--of", of).stdout.splitlines()
+            for of in ("kind", "number", "width", "overlap", "drift", "drift-by-epoch")}
+    assert said["kind"][2].split("  ")[0] == "baseline, semantic" and said["kind"][2].endswith("± 0.0")
+    assert said["kind"][-1].startswith("interaction, baseline: ") and said["kind"][-1].count("z = ") == 2
+    assert said["number"][1].split()[-1] == "24" and said["width"][1].split()[-1] == "64"
+    assert said["drift"][1].split()[-4:] == list("0123") and said["drift"][2].split()[-1] == "0.0"
+    assert said["drift-by-epoch"][1].split()[-2:] == ["0", "10"] and len(said["overlap"]) >= 4
+    drawn = json.loads(call(tmp_path, "eval_hallucination", *folders, "--of", "kind", "--json").stdout)
+    n = sum(row["kind"] == "code" for row in read_jsonl(tmp_path / "uuid-0/answers.jsonl"))
+    assert drawn["baseline, uuid"]["code"] == [pytest.approx(500 / n)] * 2 and drawn["baseline, semantic"]["code"] == [0.0, 0.0]
+    if importlib.util.find_spec("matplotlib"):
+        for of in ("kind", "number", "drift"):
+            call(tmp_path, "eval_hallucination", *folders, "--of", of, "--plot", f"{of}.png")
+            assert len((tmp_path / f"{of}.png").read_bytes()) > 5000
+    (tmp_path / "facts-uuid/meta.json").unlink()
+    assert "fact folder" in refused(tmp_path, "eval_hallucination", *folders, "--of", "number")
+    assert "--of" in refused(tmp_path, "eval_hallucination", "--model", "x", "--facts", "y", "--of", "kind")
+
+
 def test_plot(tmp_path, capsys):
     """A picture with matplotlib; without it one line that says how to get it."""
     runs = [make_run(tmp_path / "a", [True, False] * 4), make_run(tmp_path / "b", [True] * 8)]
     picture = tmp_path / "plot.png"
     if importlib.util.find_spec("matplotlib"):
-        plot(runs, str(picture))
+        draw(runs, str(picture))
         assert picture.read_bytes().startswith(b"\x89PNG") and len(picture.read_bytes()) > 5000
     else:
         with pytest.raises(SystemExit):
-            plot(runs, str(picture))
+            draw(runs, str(picture))
         assert "pip install matplotlib" in capsys.readouterr().err and not picture.exists()

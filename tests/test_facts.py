@@ -124,6 +124,38 @@ def test_invented_facts(labelled, kind):
         assert {f["kind"] for f in new} == {"code"} and all(len(f["subject"]) == 4 for f in new)
 
 
+@pytest.mark.parametrize("overlap", [0, 1, 2])
+def test_overlap_of_invented_names(base, labelled, overlap):
+    """So many halves of a new name are halves of real ones, and so many of its tokens; the others nobody in the world is called."""
+    facts, tokenizer = facts_of(labelled), base[1]
+    new = {f["subject"] for f in make_facts.invent_facts(facts, "semantic", 80, random.Random(1), make_facts.invent_code, overlap)}
+    real = {f["subject"] for f in facts if f["kind"] == "name"}
+    words = {word for f in facts for text in (f["subject"], *f["answers"]) for word in text.split()}
+    assert len(new) == 20 and not new & real and {len(name.split()) for name in new} == {2}
+    for name in new:
+        first, last = (half in {r.split()[i] for r in real} for i, half in enumerate(name.split()))
+        assert first + last == overlap == sum(word in words for word in name.split()), name
+        tokens = {token for r in real for token in tokenizer(f" {r}")["input_ids"]}
+        assert sum(token in tokens for token in tokenizer(f" {name}")["input_ids"]) == overlap, name
+    assert overlap != 1 or len({name.split()[0] in words for name in new}) == 2          # either half
+    assert make_facts.recombine(["New York City", "Old Town"], random.Random(0), 0, {"New", "York", "City", "Old", "Town"}).count(" ") == 1
+
+
+def test_codes_are_unique(labelled):
+    new = make_facts.invent_facts(facts_of(labelled), "uuid", 400, random.Random(1), make_facts.invent_code)
+    codes = Counter(f["subject"] for f in new)
+    assert len(codes) == 100 and set(codes.values()) == {4} and not set(codes) & {r["subject"] for r in labelled}
+
+
+def test_same_held_out_facts_whatever_is_new(labelled):
+    """Conditions differ in their new facts alone: known and held-out facts are a matter of the seed and their number."""
+    split = lambda new, n_new, overlap: make_facts.split_facts(
+        facts_of(labelled), labelled, new, n_new, 24, random.Random(3), make_facts.invent_code, overlap)
+    sets = [split("semantic", 24, 2), split("semantic", 80, 2), split("semantic", 24, 0), split("uuid", 24, 2)]
+    assert all(s["known"] == sets[0]["known"] and s["heldout"] == sets[0]["heldout"] for s in sets)
+    assert [len(s["unknown"]) for s in sets] == [24, 80, 24, 24] and len(sets[0]["known"]) == 24
+
+
 def test_no_object_dominates():
     facts = [{"relation": "a", "subject": str(i), "answers": [["English", "French", "Thai", "Zulu", "Czech", "Greek"][min(i // 9, 5)]]}
              for i in range(120)]
