@@ -4,6 +4,8 @@ Score one model on the three fact sets of a folder that make_facts.py wrote:
     python eval_hallucination.py --model runs/selfdistill-tiny-0 --facts facts/tiny
 Compare runs of the sft_*.py scripts from the files that they left and their facts (no model is loaded):
     python eval_hallucination.py runs/baseline-tiny-0 runs/selfdistill-tiny-0 --show 5 --plot accuracy.png
+Why did they forget? Forgetting by kind or name of the held-out facts, by number of new ones; drift of representations:
+    python eval_hallucination.py runs/semantic-[0-2] runs/uuid-[0-2] --of kind --plot kinds.png
 Put one question to the model that they started from and to theirs:
     python eval_hallucination.py runs/baseline-tiny-0 runs/selfdistill-tiny-0 --ask "What is the capital of France?"
 
