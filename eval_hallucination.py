@@ -29,10 +29,14 @@ from pathlib import Path
 ORIGINS = ["that of a new fact, name shared", "that of another new fact", "another of the relation", "none of these"]
 LEARNT = [0.5, 0.95]                           # shares of the new facts at which the forgetting of runs is compared
 GROUPS = ["relation", "kind", "words shared"]  # of held-out facts; the last: how many words of the name are in a new one
-AXES = {"number": ("new facts trained on", "forgetting in points"), "width": ("width of the model", "forgetting in points"),
-        "kind": ("kind of held-out facts", "forgetting in points"), "drift": ("layer, 0 = embeddings", "drift: 1 − cosine, in %"),
-        "drift-by-epoch": ("epoch of stage 2", "drift at half depth: 1 − cosine, in %"),
-        "overlap": ("words that a held-out name shares with the new ones", "forgetting in points")}
+AXES = {                                       # what --of draws: x and y
+    "number": ("new facts trained on", "forgetting in points"), "width": ("width of the model", "forgetting in points"),
+    "kind": ("kind of held-out facts", "forgetting in points"),
+    "overlap": ("words that a held-out name shares with new ones", "forgetting in points"),
+    "overlap-answers": ("words that a held-out name shares with new ones", "hallucinations answered as a new fact that shares one, %"),
+    "drift": ("layer, 0 = embeddings", "drift: 1 − cosine, in %"),
+    "drift-groups": ("group of held-out subjects", "drift at half depth, in %"),
+    "drift-epochs": ("epoch of stage 2", "drift at half depth, in %")}
 SETS = {"unknown": "train_unknown.jsonl", "known": "train_known.jsonl", "heldout": "heldout_known.jsonl"}
 
 
@@ -413,7 +417,11 @@ def curves(runs, of, drifts=()):
         if not row["heldout_n"] or (of in ("number", "width") and not run["facts"]):
             fail(f"{run['name']}: --of {of} needs held-out facts and the run's fact folder, where run.json says")
         if of.startswith("drift"):
-            points = {x: 100 * value for x, value in drifts[i]["layers" if of == "drift" else "epochs"].items()}
+            points = {x: 100 * value for x, value in drifts[i][of].items()}
+        elif of == "overlap-answers":
+            group = dict(zip((answer["prompt"] for answer in run["answers"]), grouped(run, "words shared")))
+            counts = Counter((group[example["prompt"]], example["origin"] == ORIGINS[0]) for example in row["provenance"]["examples"])
+            points = {x: 100 * counts[x, True] / (counts[x, True] + counts[x, False]) for x in {x for x, _ in counts} - {None}}
         elif of in ("kind", "overlap"):
             points = {group: 100 * (cell["before"] - cell["after"])
                       for group, cell in row["by"]["kind" if of == "kind" else "words shared"].items()}
@@ -424,41 +432,25 @@ def curves(runs, of, drifts=()):
     return lines
 
 
-def show_curves(lines, of, title=None):
+def show_curves(lines, of):
     """Print what `curves` returned as a table: a row a line, a column an x."""
     columns = sorted({x for line in lines.values() for x in line})
     print_table([[AXES[of][0], *map(str, columns)]] + [[label, *(spread(line.get(x, []), ".1f") for x in columns)]
-                                                       for label, line in lines.items()], title or AXES[of][1])
+                                                       for label, line in lines.items()], AXES[of][1])
 
 
-def show_groups(runs, of, drifts=()):
-    """Print what belongs beside the curves. Kinds: the interaction of semantic with uuid facts, where a run of either has the
-    same settings and held-out facts. Overlap: the share of hallucinations with the answer of a new fact that shares a name.
-    Drift: that at half depth by group of held-out subjects."""
-    lines, told = defaultdict(lambda: defaultdict(list)), labels(runs, ["new", "overlap"] if of == "kind" else ())
-    if of == "kind":
-        pairs = defaultdict(dict)
-        for run, label in zip(runs, told):
-            pairs[label, run["run"]["data"]["heldout"], run["run"]["config"]["seed"]][run["facts"]["new"]] = run
-        found = [(label, interaction(pair["semantic"], pair["uuid"])) for (label, *_), pair in pairs.items() if len(pair) == 2]
-        for label in dict.fromkeys(label for label, _ in found):
-            tests = [test for key, test in found if key == label]
-            print(f"\ninteraction, {label}: {spread([points for points, *_ in tests], '.1f')} points; a pair of runs each: "
-                  + ", ".join(f"{points:.1f} (z = {z:.1f}, p = {p:.1g})" for points, z, p in tests))
-        return
-    for i, (run, label) in enumerate(zip(runs, told)):
-        if of == "overlap":
-            group = dict(zip((row["prompt"] for row in run["answers"]), grouped(run, "words shared")))
-            counts = Counter((group[row["prompt"]], row["origin"] == ORIGINS[0]) for row in provenance(run)["examples"])
-            for name in {name for name, _ in counts} - {None}:
-                lines[label][name].append(100 * counts[name, True] / (counts[name, True] + counts[name, False]))
-        elif of == "drift":
-            for name, value in drifts[i]["groups"].items():
-                lines[label][name].append(100 * value)
-    if lines:
-        print()
-        show_curves(lines, of, "hallucinations with the answer of a new fact that shares a name, in %" if of == "overlap"
-                    else "drift at half depth, in %, by group of held-out subjects")
+def show_interactions(runs):
+    """Print `interaction` of each two of `runs` with semantic and with uuid facts that are alike but for that."""
+    pairs = defaultdict(dict)
+    for run, label in zip(runs, labels(runs, ["new", "overlap"])):
+        pairs[label, run["run"]["data"].get("heldout"), run["run"]["config"]["seed"]][run["facts"].get("new")] = run
+    tests = defaultdict(list)
+    for (label, *_), pair in pairs.items():
+        if {"semantic", "uuid"} <= pair.keys():
+            tests[label].append(interaction(pair["semantic"], pair["uuid"]))
+    for label, found in tests.items():
+        print(f"\n{label}: semantic facts hurt names more than codes by {spread([points for points, *_ in found], '.1f')} points more "
+              "than uuid facts do; seeds: " + ", ".join(f"{points:.1f} (z = {z:.1f}, p = {p:.1g})" for points, z, p in found))
 
 
 def draw(runs, path, of="accuracy", lines=None):
@@ -485,13 +477,13 @@ def draw(runs, path, of="accuracy", lines=None):
             last = draw_accuracy(panels, settings.values(), colours, 2.4 if len(runs) < 4 else 1.4)
         else:
             last, columns = panels, sorted({x for line in lines.values() for x in line})
-            place = {x: i if of in ("kind", "overlap") else x for i, x in enumerate(columns)}
+            place = {x: i if isinstance(x, str) else x for i, x in enumerate(columns)}
             for colour, (label, line) in zip(colours * len(lines), lines.items()):
                 xs = sorted(line)
                 last.errorbar([place[x] for x in xs], [statistics.mean(line[x]) for x in xs], label=label, color=colour, marker="o",
                               yerr=[statistics.stdev(line[x]) if len(line[x]) > 1 else 0 for x in xs], capsize=3)
             last.set(xlabel=AXES[of][0], ylabel=AXES[of][1], xscale="log" if of in ("number", "width") else "linear")
-            if of != "drift":
+            if not of.startswith("drift"):
                 last.set_xticks(list(place.values()), list(place), minor=False)
                 last.minorticks_off()
         figure.legend(*last.get_legend_handles_labels(), loc="lower center", ncols=3, frameon=False)
@@ -589,9 +581,9 @@ def drift(run, device, batch_size=64):
     """How far the representations of held-out subjects have moved: 1 − cosine of the hidden states at the subject's last
     token in the question, in the model that a run (of `read_run`) started from and in its own (the paper's "drift").
 
-    Returns {"subjects": {subject: (layers + 1) floats}, the mean over the subject's questions; "layers": {layer: mean over
-    subjects}; "groups": the same at half depth for the subjects in each group; "epochs": {epoch: mean at half depth} where
-    the run was made with --save-every-epoch, epoch 0 being the model before stage 2}. A causal model's state there does not
+    Returns {"subjects": {subject: (layers + 1) floats}, the mean over the subject's questions; "drift": {layer: mean over
+    subjects}; "drift-groups": {group: mean over its subjects, at half depth}; "drift-epochs": {epoch: mean at half depth}
+    where the run was made with --save-every-epoch, epoch 0 being the model before stage 2}. A causal model's state there does not
     depend on what follows, so the prompt is cut behind the subject."""
     import torch
     rows = [row for row in run["answers"] if row.get("subject") and row["subject"] in row["prompt"]]
@@ -616,9 +608,9 @@ def drift(run, device, batch_size=64):
     checkpoints = {tuple(map(int, re.findall(r"\d+", path.name)[-2:])): path for path in Path(run["name"]).glob("stage-*-epoch-*")}
     for (stage, epoch), path in sorted(checkpoints.items()):
         epochs[0 if stage == 1 else epoch] = mean(moved(path))[half].item()
-    return {"subjects": {subject: value.tolist() for subject, value in subjects.items()}, "epochs": epochs,
-            "layers": dict(enumerate(mean(subjects).tolist())),
-            "groups": {group: mean(members)[half].item() for group, members in sorted(groups.items())}}
+    return {"subjects": {subject: value.tolist() for subject, value in subjects.items()}, "drift-epochs": epochs,
+            "drift": dict(enumerate(mean(subjects).tolist())),
+            "drift-groups": {group: mean(members)[half].item() for group, members in sorted(groups.items())}}
 
 
 def ask(runs, question, device, dtype):
@@ -649,8 +641,8 @@ def main(argv=None):
     parser.add_argument("--ask", metavar="QUESTION", help="put it to the start model and to each run's, as Q: QUESTION A:")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plot", metavar="FILE.png", help="draw accuracy by epoch, and kept against learnt; or what --of says")
-    parser.add_argument("--of", choices=AXES, help="instead: forgetting by number of new facts, width of the model, kind of "
-                        "held-out facts or name overlap with the new ones; or drift by layer or epoch")
+    parser.add_argument("--of", choices=AXES, help="print and draw, instead of accuracies: forgetting by number of new facts, width "
+                        "of the model, kind of held-out facts or overlap of names; or how far representations drift")
     args = parser.parse_intermixed_args(argv)
     if bool(args.model) == bool(args.runs):
         fail("name run folders to compare, or --model with --facts to score one model (see --help)")
@@ -669,7 +661,8 @@ def main(argv=None):
                 print(json.dumps(lines, indent=1))
             else:
                 show_curves(lines, args.of)
-                show_groups(runs, args.of, drifts)
+                if args.of == "kind":
+                    show_interactions(runs)
             return draw(runs, args.plot, args.of, lines) if args.plot else None
         table = compare(runs)
         print(json.dumps(table, indent=1)) if args.json else show(table, args.show)

@@ -210,7 +210,7 @@ def conditions(folder, base, world):
 def test_drift_by_hand(tmp_path, base, world):
     """0 for a model against itself; else 1 − cosine at the subject's last token of the whole prompt, averaged by subject."""
     same, moved = conditions(tmp_path, base, world)
-    assert max(abs(value) for value in drift(same, torch.device("cpu"))["layers"].values()) < 1e-6
+    assert max(abs(value) for value in drift(same, torch.device("cpu"))["drift"].values()) < 1e-6
     found = drift(moved, torch.device("cpu"), batch_size=7)
     model, tokenizer = load_model(tmp_path / "uuid-0")
     by_subject = defaultdict(list)
@@ -222,12 +222,12 @@ def test_drift_by_hand(tmp_path, base, world):
             x, y = ([h[0, at].double() for h in m(ids, output_hidden_states=True).hidden_states] for m in (base[0], model))
         by_subject[row["subject"]].append([1 - float(a @ b / a.norm() / b.norm()) for a, b in zip(x, y)])
     means = {subject: [sum(column) / len(rows) for column in zip(*rows)] for subject, rows in by_subject.items()}
-    assert {s: pytest.approx(v, abs=1e-5) for s, v in means.items()} == found["subjects"] and len(found["layers"]) == 4
+    assert {s: pytest.approx(v, abs=1e-5) for s, v in means.items()} == found["subjects"] and len(found["drift"]) == 4
     layers = [sum(column) / len(means) for column in zip(*means.values())]
-    assert list(found["layers"].values()) == pytest.approx(layers, abs=1e-5) and layers[2] > 1e-3
-    assert found["epochs"] == {0: pytest.approx(0, abs=1e-6), 10: pytest.approx(layers[2], abs=1e-5)}
+    assert list(found["drift"].values()) == pytest.approx(layers, abs=1e-5) and layers[2] > 1e-3
+    assert found["drift-epochs"] == {0: pytest.approx(0, abs=1e-6), 10: pytest.approx(layers[2], abs=1e-5)}
     codes = [value[2] for subject, value in means.items() if len(subject) == 4]
-    assert found["groups"]["code"] == pytest.approx(sum(codes) / len(codes), abs=1e-5)
+    assert found["drift-groups"]["code"] == pytest.approx(sum(codes) / len(codes), abs=1e-5)
 
 
 def test_groups_and_interaction_by_brute_force(tmp_path, base, world):
@@ -258,12 +258,12 @@ def test_of(tmp_path, base, world, capsys):
         (twin / "run.json").write_text(json.dumps(stored | {"config": stored["config"] | {"seed": 1}}))
     folders = [f"{kind}-{seed}" for kind in ("semantic", "uuid") for seed in (0, 1)]
     said = {of: call(tmp_path, "eval_hallucination", *folders, "--of", of).stdout.splitlines()
-            for of in ("kind", "number", "width", "overlap", "drift", "drift-by-epoch")}
+            for of in ("kind", "number", "width", "overlap", "overlap-answers", "drift", "drift-groups", "drift-epochs")}
     assert said["kind"][2].split("  ")[0] == "baseline, semantic" and said["kind"][2].endswith("± 0.0")
-    assert said["kind"][-1].startswith("interaction, baseline: ") and said["kind"][-1].count("z = ") == 2
+    assert said["kind"][-1].startswith("baseline: semantic facts hurt names more") and said["kind"][-1].count("z = ") == 2
     assert said["number"][1].split()[-1] == "24" and said["width"][1].split()[-1] == "64"
     assert said["drift"][1].split()[-4:] == list("0123") and said["drift"][2].split()[-1] == "0.0"
-    assert said["drift-by-epoch"][1].split()[-2:] == ["0", "10"] and len(said["overlap"]) >= 4
+    assert said["drift-epochs"][1].split()[-2:] == ["0", "10"] and len(said["overlap"]) >= 4
     drawn = json.loads(call(tmp_path, "eval_hallucination", *folders, "--of", "kind", "--json").stdout)
     n = sum(row["kind"] == "code" for row in read_jsonl(tmp_path / "uuid-0/answers.jsonl"))
     assert drawn["baseline, uuid"]["code"] == [pytest.approx(500 / n)] * 2 and drawn["baseline, semantic"]["code"] == [0.0, 0.0]
