@@ -188,15 +188,17 @@ def read_jsonl(path, needed=()):
 
 def read_run(folder):
     """One run of a sft_*.py script: {"name", "run", "metrics", "answers", "trained", "facts"} from its three files and its
-    fact folder: the rows that it was trained on (see `trained_facts`) and the folder's meta.json, {} where there is none."""
+    fact folder: the rows that it was trained on (see `trained_facts`) and the folder's meta.json, {} where those rows are
+    not from there or not as they were."""
     folder = Path(folder)
     if not (folder / "run.json").is_file():
         fail(f"{folder}: no run.json there; name folders that an sft_*.py script wrote with --out")
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         run["method"], run["data"], run["config"]["seed"]
-        facts = Path(run["config"]["facts"]) / "meta.json"
-        facts = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
+        trained, facts = trained_facts(run), Path(run["config"]["facts"]) / "meta.json"
+        is_theirs = trained and run["config"]["train"] is None and facts.is_file()
+        facts = json.loads(facts.read_text(encoding="utf-8")) if is_theirs else {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{folder / 'run.json'}: it or its meta.json is not what the scripts write ({error!r})")
     stages = [row for row in read_jsonl(folder / "metrics.jsonl", ["stage", "epoch"]) if row["stage"] == 2]
@@ -204,7 +206,7 @@ def read_run(folder):
         fail(f"{folder / 'metrics.jsonl'}: no epoch of stage 2 in it; the run did not finish")
     needed = ["before", "after", "right_before", "right_after"]
     return {"name": str(folder), "run": run, "metrics": stages, "answers": read_jsonl(folder / "answers.jsonl", needed),
-            "trained": trained_facts(run), "facts": facts}
+            "trained": trained, "facts": facts}
 
 
 def trained_facts(run):
@@ -221,11 +223,12 @@ def trained_facts(run):
 
 
 def setting(run):
-    """What runs (of `read_run`) share that differ only in seed, as a str: all that was set but where things lie."""
+    """A str that is equal for runs (of `read_run`) that differ only in seed and folder names: method, settings, and how the
+    facts were made; where that is not known, the facts' hashes, so that a run stands alone."""
     config = {k: v for k, v in run["run"]["config"].items()
               if k not in ("seed", "facts", "out", "overwrite", "save_every_epoch", "device")}
-    facts = {k: v for k, v in run["facts"].items() if k in ("new", "n_new", "n_known", "overlap", "world")}
-    return json.dumps([run["run"]["method"], config, facts], sort_keys=True)
+    facts = {k: run["facts"].get(k) for k in ("source", "new", "n_new", "n_known", "overlap", "prompts", "shots", "samples", "world")}
+    return json.dumps([run["run"]["method"], config, facts if run["facts"] else run["run"]["data"]], sort_keys=True)
 
 
 # ------------------------------------------------------------------------------------------------------ comparison
@@ -235,8 +238,8 @@ def provenance(run):
 
     "examples": these rows, with the `origin` of the new answer: the first of ORIGINS that holds. It is an answer of the
     same relation, to a new fact whose subject shares a word with this one's; to another new fact; to any fact of the three
-    sets; or none of these. "counts": {origin: how many}; "chance": {origin: share, if each of these answers were that of a
-    fact of the relation drawn at random, from those that are wrong here}. No origins, counts {}, where the rows have no
+    sets; or none of these. "counts": {origin: how many}; "chance": {origin: share}, if the new answer were the first answer of
+    a random fact of the relation, of all that have another answer than this one. No origins, counts {}, where the rows have no
     subject and relation, or where the files that the run was trained on are not there any more."""
     wrong = [a for a in run["answers"] if a["right_before"] and not a["right_after"]]
     trained = run["trained"] or {}
@@ -245,12 +248,13 @@ def provenance(run):
         return {"counts": {}, "chance": {}, "examples": [row | {"origin": "origin unknown"} for row in wrong]}
     words = lambda row: set(normalize(row["subject"]).split())
     right = lambda row: {normalize(answer) for answer in accepted_answers(row)}
-    taught, objects = defaultdict(set), defaultdict(Counter)
+    taught, objects, drawn = defaultdict(set), defaultdict(set), defaultdict(Counter)
     for row in [] if run["run"]["config"].get("no_unknown") else trained["unknown"]:
         for answer in right(row):
             taught[row["relation"], answer] |= words(row)
     for row in everything:
-        objects[row["relation"]].update(right(row))
+        objects[row["relation"]] |= right(row)
+        drawn[row["relation"]][normalize(accepted_answers(row)[0])] += 1
 
     def origin(row, answer):
         if (row["relation"], answer) in taught:
@@ -259,7 +263,7 @@ def provenance(run):
 
     examples, chance = [row | {"origin": origin(row, normalize(row["after"]))} for row in wrong], Counter()
     for row in wrong:
-        others = {answer: n for answer, n in objects[row["relation"]].items() if answer not in right(row)}
+        others = {answer: n for answer, n in drawn[row["relation"]].items() if answer not in right(row)}
         for answer, n in others.items():
             chance[origin(row, answer)] += n / sum(others.values()) / len(wrong)
     counts = Counter(row["origin"] for row in examples)
@@ -267,26 +271,35 @@ def provenance(run):
 
 
 def grouped(run, key):
-    """The group (str, None without one) of each held-out fact of a run (of `read_run`), by `key` of GROUPS. Facts about
-    code-named entities are in no group of "words shared": a code is one word."""
+    """The group of each held-out fact of a run (of `read_run`), a str, by `key` of GROUPS; None for facts without one. "words
+    shared": how many words of the subject's name are in the name of any new fact; codes, one word each, are in no group."""
     if key != "words shared":
         return [row.get(key) for row in run["answers"]]
     words = lambda row: set(normalize(row.get("subject") or "").split())
     new = set().union(*map(words, (run["trained"] or {}).get("unknown", [])))
-    return [f"{min(3, len(words(row) & new))}{'+' * (len(words(row) & new) > 2)} shared" if new and words(row) and row.get("kind") != "code" else None for row in run["answers"]]
+    groups = []
+    for row in run["answers"]:
+        shared = len(words(row) & new)
+        named = new and words(row) and row.get("kind") != "code"
+        groups.append(("3+ shared" if shared > 2 else f"{shared} shared") if named else None)
+    return groups
 
 
 def interaction(first, second):
     """Do new facts of two kinds hurt different held-out facts? (points, z, p) of two runs on the same held-out facts.
 
-    points: how many more points of the named than of the code-named ones the `first` run forgets, less the same of the
-    `second`: 0 where both hurt both alike, whatever they hurt more. Each fact is paired with itself, so the standard
-    error is that of a difference of two means (Welch); p is two-sided, normal."""
-    lost = {"name": [], "code": []}
+    points: how many more points of the named than of the code-named subjects' facts the `first` run forgets, less the same
+    of the `second`: 0 where both hurt both alike, whatever is hurt more. The unit is the subject, whose facts may be
+    forgotten together, paired with itself; the error is that of a difference of two means (Welch), p two-sided, normal.
+    None where there are not two subjects of each kind."""
+    lost = {"name": defaultdict(list), "code": defaultdict(list)}
     for a, b in zip(first["answers"], second["answers"], strict=True):
-        lost[a["kind"]].append(a["right_before"] - a["right_after"] - (b["right_before"] - b["right_after"]))
-    difference = statistics.mean(lost["name"]) - statistics.mean(lost["code"])
-    error = math.sqrt(sum(statistics.variance(values) / len(values) for values in lost.values()))
+        lost[a["kind"]][a["subject"]].append(a["right_before"] - a["right_after"] - (b["right_before"] - b["right_after"]))
+    names, codes = ([statistics.mean(facts) for facts in subjects.values()] for subjects in lost.values())
+    if min(len(names), len(codes)) < 2:
+        return None
+    difference = statistics.mean(names) - statistics.mean(codes)
+    error = math.sqrt(statistics.variance(names) / len(names) + statistics.variance(codes) / len(codes))
     z = difference / error if error else math.copysign(math.inf, difference) if difference else 0.0
     return 100 * difference, z, math.erfc(abs(z) / math.sqrt(2))
 
@@ -320,9 +333,9 @@ def compare(runs):
             row["by"] = {}
             for key in GROUPS:
                 groups = defaultdict(list)
-                for group, a in zip(grouped(run, key), run["answers"]):
-                    if group:
-                        groups[group].append((a["right_before"], a["right_after"]))
+                for name, a in zip(grouped(run, key), run["answers"]):
+                    if name:
+                        groups[name].append((a["right_before"], a["right_after"]))
                 row["by"][key] = {g: {"n": len(v), "before": sum(b for b, _ in v) / len(v),
                                       "after": sum(a for _, a in v) / len(v)} for g, v in sorted(groups.items())}
             row["provenance"] = provenance(run)
@@ -341,7 +354,8 @@ def spread(values, form):
 def print_table(lines, title=""):
     """Print lines (lists of str, the first the header) in columns, the first column to the left."""
     widths = [max(map(len, column)) for column in zip(*lines)]
-    print(title + "\n" * bool(title), end="")
+    if title:
+        print(title)
     for first, *cells in lines:
         print(f"{first:{widths[0]}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:])))
 
@@ -351,7 +365,7 @@ def show(table, examples=0):
     are a row of their own each in the first table; in the others their mean ± standard deviation is."""
     share = lambda x: "–" if x is None or math.isnan(x) else f"{x:.3f}"
     lines = [["run", "Unknown learnt", "Known trained", "Known held out, before → after (95 % interval)", "n", "forgetting"]
-             + ["McNemar: right in the first only : here only"] * (len(table) > 1)]
+             + ["McNemar, first run of these facts : this"] * (len(table) > 1)]
     for row in table:
         lines.append([row["run"], share(row["unknown"]), share(row["known"]), "–", "–", "–"] + ["–"] * (len(table) > 1))
         if row["heldout_n"]:
@@ -371,10 +385,10 @@ def show(table, examples=0):
         print_table([["", "runs", "Unknown learnt", "Known trained", "held out before", "held out after", "forgetting"]] + [
             [name, str(len(same)), *(spread([row[key] for row in same], form) for key, form in columns)]
             for name, same in named], "\nmean ± standard deviation over seeds")
-    groups = {(key, group): None for _, same in named for row in same for key, groups in row["by"].items() if len(groups) > 1
-              for group in groups}
+    groups = {(key, group): None for _, same in named for row in same for key, cells in row["by"].items() if len(cells) > 1
+              for group in cells}
     points = lambda cell: None if cell is None else 100 * (cell["before"] - cell["after"])
-    lines = [["", *(f"{group}" for _, group in groups), *(f"at {learnt:.0%} learnt" for learnt in LEARNT)]] + [
+    lines = [["", *(group for _, group in groups), *(f"at {learnt:.0%} learnt" for learnt in LEARNT)]] + [
         [name, *(spread([points(row["by"][key].get(group)) for row in same], ".1f") for key, group in groups),
          *(spread([row["when_learnt"][learnt] for row in same], ".1f") for learnt in LEARNT)] for name, same in named]
     if named:
@@ -385,7 +399,7 @@ def show(table, examples=0):
         print_table([["", "facts", *ORIGINS]] + [
             [name, str(sum(len(f["examples"]) for f in same)),
              *(spread([100 * f["counts"][o] / len(f["examples"]) for f in same], ".1f") + " % ("
-               + f"{statistics.mean(f['chance'][o] for f in same):.1%})".replace("%", " %") for o in ORIGINS)]
+               + f"{100 * statistics.mean(f['chance'][o] for f in same):.1f} %)" for o in ORIGINS)]
             for name, same in found if same], "\nright before and wrong after: the new answer is … (by chance)")
     for row in table:
         for example in row["provenance"]["examples"][:examples] if row["heldout_n"] else []:
@@ -393,8 +407,8 @@ def show(table, examples=0):
 
 
 def labels(runs, but=()):
-    """What tells `runs` (from `read_run`) apart, one str a run: the method, and the settings of method, model and facts in which
-    those that have them differ, but for the keys `but`."""
+    """What tells `runs` (from `read_run`) apart, a str each: the method, and each setting that is not the same in all runs that
+    have it, but for those in `but`."""
     told = []
     for method, config, facts in (json.loads(setting(run)) for run in runs):
         told.append({"method": method, **config, **facts, **(facts.get("world") or {}), "world": None})
@@ -404,7 +418,7 @@ def labels(runs, but=()):
                 one.pop(key, None)
     bare = ("method", "new", "trainable")
     return [", ".join(str(value) if key in bare else key.replace("_", " ") + ("" if value is True else f" {value}")
-                      for key, value in one.items() if value not in (None, False)) for one in told]
+                      for key, value in one.items() if value is not None and value is not False) for one in told]
 
 
 def curves(runs, of, drifts=()):
@@ -412,23 +426,28 @@ def curves(runs, of, drifts=()):
 
     of: a key of AXES. `drifts`: what `drift` returned for each run, where that is drawn."""
     lines = defaultdict(lambda: defaultdict(list))
-    hidden = {"number": ["n_new"], "width": ["width"]}.get(of, [])
+    hidden = {"number": ["n_new", "n_known"], "width": ["width"]}.get(of, [])
     for i, (run, row, label) in enumerate(zip(runs, compare(runs), labels(runs, hidden))):
-        if not row["heldout_n"] or (of in ("number", "width") and not run["facts"]):
-            fail(f"{run['name']}: --of {of} needs held-out facts and the run's fact folder, where run.json says")
+        points = {}
         if of.startswith("drift"):
             points = {x: 100 * value for x, value in drifts[i][of].items()}
-        elif of == "overlap-answers":
-            group = dict(zip((answer["prompt"] for answer in run["answers"]), grouped(run, "words shared")))
-            counts = Counter((group[example["prompt"]], example["origin"] == ORIGINS[0]) for example in row["provenance"]["examples"])
-            points = {x: 100 * counts[x, True] / (counts[x, True] + counts[x, False]) for x in {x for x, _ in counts} - {None}}
-        elif of in ("kind", "overlap"):
-            points = {group: 100 * (cell["before"] - cell["after"])
-                      for group, cell in row["by"]["kind" if of == "kind" else "words shared"].items()}
-        else:
-            points = {run["facts"]["n_new"] if of == "number" else run["facts"]["world"]["width"]: row["forgetting"]}
+        elif of == "overlap-answers" and row["heldout_n"] and row["provenance"]["counts"]:
+            groups = dict(zip((answer["prompt"] for answer in run["answers"]), grouped(run, "words shared")))
+            for group in {groups[example["prompt"]] for example in row["provenance"]["examples"]} - {None}:
+                origins = [e["origin"] for e in row["provenance"]["examples"] if groups[e["prompt"]] == group]
+                points[group] = 100 * origins.count(ORIGINS[0]) / len(origins)
+        elif of in ("kind", "overlap") and row["heldout_n"]:
+            cells = row["by"]["kind" if of == "kind" else "words shared"]
+            points = {group: 100 * (cell["before"] - cell["after"]) for group, cell in cells.items()}
+        elif of == "number" and row["heldout_n"] and run["trained"]:
+            points = {len(run["trained"]["unknown"]): row["forgetting"]}
+        elif of == "width" and row["heldout_n"] and run["facts"].get("world"):
+            points = {run["facts"]["world"]["width"]: row["forgetting"]}
         for x, y in points.items():
             lines[label][x].append(y)
+    if not lines:
+        fail(f"--of {of}: nothing to show in {runs[0]['name']}; it takes held-out facts and the fact folder that run.json names"
+             + "; width: of the invented world" * (of == "width") + "; made with --save-every-epoch" * (of == "drift-epochs"))
     return lines
 
 
@@ -441,13 +460,12 @@ def show_curves(lines, of):
 
 def show_interactions(runs):
     """Print `interaction` of each two of `runs` with semantic and with uuid facts that are alike but for that."""
-    pairs = defaultdict(dict)
-    for run, label in zip(runs, labels(runs, ["new", "overlap"])):
-        pairs[label, run["run"]["data"].get("heldout"), run["run"]["config"]["seed"]][run["facts"].get("new")] = run
+    place = lambda run, label: (label, run["run"]["data"].get("heldout"), run["run"]["config"]["seed"])
+    uuid = {place(run, label): run for run, label in zip(runs, labels(runs, ["new", "overlap"])) if run["facts"].get("new") == "uuid"}
     tests = defaultdict(list)
-    for (label, *_), pair in pairs.items():
-        if {"semantic", "uuid"} <= pair.keys():
-            tests[label].append(interaction(pair["semantic"], pair["uuid"]))
+    for run, alike, label in zip(runs, labels(runs, ["new", "overlap"]), labels(runs, ["new"])):
+        if run["facts"].get("new") == "semantic" and (other := uuid.get(place(run, alike))) and (found := interaction(run, other)):
+            tests[label].append(found)
     for label, found in tests.items():
         print(f"\n{label}: semantic facts hurt names more than codes by {spread([points for points, *_ in found], '.1f')} points more "
               "than uuid facts do; seeds: " + ", ".join(f"{points:.1f} (z = {z:.1f}, p = {p:.1g})" for points, z, p in found))
@@ -483,7 +501,7 @@ def draw(runs, path, of="accuracy", lines=None):
                 last.errorbar([place[x] for x in xs], [statistics.mean(line[x]) for x in xs], label=label, color=colour, marker="o",
                               yerr=[statistics.stdev(line[x]) if len(line[x]) > 1 else 0 for x in xs], capsize=3)
             last.set(xlabel=AXES[of][0], ylabel=AXES[of][1], xscale="log" if of in ("number", "width") else "linear")
-            if not of.startswith("drift"):
+            if of not in ("drift", "drift-epochs"):
                 last.set_xticks(list(place.values()), list(place), minor=False)
                 last.minorticks_off()
         figure.legend(*last.get_legend_handles_labels(), loc="lower center", ncols=3, frameon=False)
@@ -565,9 +583,9 @@ def subject_states(path, texts, device, batch_size=64):
     embeddings, the last comes after the final norm. `path` is a model's: folder or hub name."""
     import torch
     model, tokenizer = load_model(path, device)
-    states = []
+    states, context = [], getattr(model.config, "max_position_embeddings", None) or 10 ** 9
     for start in range(0, len(texts), batch_size):
-        encoded = [encode_prompt(tokenizer, text) for text in texts[start:start + batch_size]]
+        encoded = [encode_prompt(tokenizer, text)[-context:] for text in texts[start:start + batch_size]]
         width = max(map(len, encoded))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in encoded], device=device)      # causal: no mask needed
         last = torch.tensor([len(row) - 1 for row in encoded], device=device)
@@ -577,13 +595,13 @@ def subject_states(path, texts, device, batch_size=64):
     return torch.cat(states)
 
 
-def drift(run, device, batch_size=64):
+def drift(run, device, batch_size=64, by_epoch=False):
     """How far the representations of held-out subjects have moved: 1 − cosine of the hidden states at the subject's last
     token in the question, in the model that a run (of `read_run`) started from and in its own (the paper's "drift").
 
     Returns {"subjects": {subject: (layers + 1) floats}, the mean over the subject's questions; "drift": {layer: mean over
-    subjects}; "drift-groups": {group: mean over its subjects, at half depth}; "drift-epochs": {epoch: mean at half depth}
-    where the run was made with --save-every-epoch, epoch 0 being the model before stage 2}. A causal model's state there does not
+    subjects}; "drift-groups": {group: mean over its subjects, at half depth}; "drift-epochs": {epoch: mean at half depth}, if `by_epoch`
+    and the run was made with --save-every-epoch, epoch 0 being the model before stage 2}. A causal model's state there does not
     depend on what follows, so the prompt is cut behind the subject."""
     import torch
     rows = [row for row in run["answers"] if row.get("subject") and row["subject"] in row["prompt"]]
@@ -603,10 +621,10 @@ def drift(run, device, batch_size=64):
     mean = lambda subjects: torch.stack(list(subjects.values())).mean(0)
     for key in ("kind", "words shared"):
         for row, group in zip(run["answers"], grouped(run, key)):
-            if group and row["subject"] in subjects:
+            if group and row.get("subject") in subjects:
                 groups[group][row["subject"]] = subjects[row["subject"]]
-    checkpoints = {tuple(map(int, re.findall(r"\d+", path.name)[-2:])): path for path in Path(run["name"]).glob("stage-*-epoch-*")}
-    for (stage, epoch), path in sorted(checkpoints.items()):
+    checkpoints = {tuple(map(int, re.findall(r"\d+", path.name))): path for path in Path(run["name"]).glob("stage-*-epoch-*")}
+    for (stage, epoch), path in sorted(checkpoints.items()) if by_epoch else []:
         epochs[0 if stage == 1 else epoch] = mean(moved(path))[half].item()
     return {"subjects": {subject: value.tolist() for subject, value in subjects.items()}, "drift-epochs": epochs,
             "drift": dict(enumerate(mean(subjects).tolist())),
@@ -618,13 +636,13 @@ def ask(runs, question, device, dtype):
     import torch
     models = {}                                # path: what it is
     for run in runs:
-        models[start_model(run)] = " (before)"
+        models[start_model(run)] = " (start)"
     models |= {run["name"]: "" for run in runs}
     for path, note in models.items():
         model, tokenizer = load_model(path, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             answer, = generate_answers(model, tokenizer, [f"Q: {question}\nA:"])
-        print(f"{path + note:{max(map(len, models)) + 9}}  {answer}")
+        print(f"{path + note:{max(map(len, models)) + 8}}  {answer}")
 
 
 def main(argv=None):
@@ -654,8 +672,10 @@ def main(argv=None):
         if args.ask:
             return ask(runs, args.ask, *device_and_dtype(args.device, args.dtype))
         if args.of:
-            device, _ = device_and_dtype(args.device, args.dtype)
-            drifts = [drift(run, device, args.batch_size) for run in runs] if args.of.startswith("drift") else ()
+            drifts = ()
+            if args.of.startswith("drift"):
+                device, _ = device_and_dtype(args.device, args.dtype)
+                drifts = [drift(run, device, args.batch_size, args.of == "drift-epochs") for run in runs]
             lines = curves(runs, args.of, drifts)
             if args.json:
                 print(json.dumps(lines, indent=1))

@@ -15,7 +15,7 @@ import torch
 from conftest import call, refused
 from eval_hallucination import (ORIGINS, accepted_answers, compare, draw, drift, encode_prompt, evaluate, exact_match,
                                 generate_answers, grouped, interaction, load_model, mcnemar, normalize, provenance, read_jsonl,
-                                read_run, show, spread, stop_ids, trained_facts, wilson)
+                                read_run, setting, show, spread, stop_ids, trained_facts, wilson)
 
 
 def test_normalize_and_exact_match():
@@ -175,7 +175,7 @@ def test_show_and_ask(workplace):
     question = answers[0]["prompt"][3:-3]
     done = call(workplace, "eval_hallucination", "runs/sft_baseline", "runs/sft_freeze", "--ask", question)
     said = dict(re.split(r" {2,}", line, maxsplit=1) for line in done.stdout.splitlines())
-    assert said["facts/tiny/base (before)"] == answers[0]["answers"][0] and said["runs/sft_baseline"] == answers[0]["after"]
+    assert said["facts/tiny/base (start)"] == answers[0]["answers"][0] and said["runs/sft_baseline"] == answers[0]["after"]
     assert len(said) == 3
     for words, named in ((["--show", -1], "--show -1"), (["--model", "x", "--facts", "facts/tiny", "--ask", "Who?"], "--ask")):
         assert named in refused(workplace, "eval_hallucination", *(["runs/sft_freeze"] if "--model" not in words else []), *words)
@@ -211,7 +211,7 @@ def test_drift_by_hand(tmp_path, base, world):
     """0 for a model against itself; else 1 − cosine at the subject's last token of the whole prompt, averaged by subject."""
     same, moved = conditions(tmp_path, base, world)
     assert max(abs(value) for value in drift(same, torch.device("cpu"))["drift"].values()) < 1e-6
-    found = drift(moved, torch.device("cpu"), batch_size=7)
+    found = drift(moved, torch.device("cpu"), batch_size=7, by_epoch=True)
     model, tokenizer = load_model(tmp_path / "uuid-0")
     by_subject = defaultdict(list)
     for row in moved["answers"]:
@@ -238,15 +238,18 @@ def test_groups_and_interaction_by_brute_force(tmp_path, base, world):
         assert group == (None if row["kind"] == "code" else f"{shared} shared")
     assert {"0 shared", "1 shared", "2 shared"} >= set(compare([semantic])[0]["by"]["words shared"])
     points, z, p = interaction(semantic, uuid)
-    n = Counter(row["kind"] for row in semantic["answers"])
-    assert points == pytest.approx(100 * (5 / n["name"] + 5 / n["code"])) and p == pytest.approx(math.erfc(z / 2 ** 0.5))
-    # the standard error against ten thousand draws of the same facts
-    lost = {kind: np.array([a["right_before"] - a["right_after"] - b["right_before"] + b["right_after"]
-                            for a, b in zip(semantic["answers"], uuid["answers"]) if a["kind"] == kind]) for kind in ("name", "code")}
+    # by subject, over rows drawn ten thousand times: the standard error is that of what is drawn
+    subjects = {(row["kind"], row["subject"]): [] for row in semantic["answers"]}
+    for a, b in zip(semantic["answers"], uuid["answers"]):
+        subjects[a["kind"], a["subject"]].append(int(b["right_after"]) - int(a["right_after"]))
+    names, codes = (np.array([np.mean(lost) for (k, _), lost in subjects.items() if k == kind]) for kind in ("name", "code"))
     rng = np.random.default_rng(0)
-    drawn = [rng.choice(v, (10000, len(v))).mean(1) for v in lost.values()]
-    assert points / z == pytest.approx(100 * (drawn[0] - drawn[1]).std(), rel=0.05)
+    drawn = [rng.choice(values, (10000, len(values))).mean(1) for values in (names, codes)]
+    assert points == pytest.approx(100 * (names.mean() - codes.mean())) and 0 < p == pytest.approx(math.erfc(z / 2 ** 0.5))
+    assert points / z == pytest.approx(100 * (drawn[0] - drawn[1]).std(), rel=0.05) and len(codes) < 12 < len(names)
     assert interaction(semantic, semantic) == (0.0, 0.0, 1.0)
+    names_only = [run | {"answers": [row | {"kind": "name"} for row in run["answers"]]} for run in (semantic, uuid)]
+    assert interaction(*names_only) is None
 
 
 def test_of(tmp_path, base, world, capsys):
@@ -271,8 +274,13 @@ def test_of(tmp_path, base, world, capsys):
         for of in ("kind", "number", "drift"):
             call(tmp_path, "eval_hallucination", *folders, "--of", of, "--plot", f"{of}.png")
             assert len((tmp_path / f"{of}.png").read_bytes()) > 5000
-    (tmp_path / "facts-uuid/meta.json").unlink()
+    for kind in ("semantic", "uuid"):
+        shutil.rmtree(tmp_path / f"facts-{kind}")
     assert "fact folder" in refused(tmp_path, "eval_hallucination", *folders, "--of", "number")
+    stored["data"]["unknown"] = "other"                     # without their facts, runs on other rows are not taken for alike
+    (tmp_path / "uuid-1/run.json").write_text(json.dumps(stored))
+    settings = {setting(read_run(tmp_path / folder)) for folder in folders}
+    assert len(settings) == 2
     assert "--of" in refused(tmp_path, "eval_hallucination", "--model", "x", "--facts", "y", "--of", "kind")
 
 
