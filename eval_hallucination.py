@@ -27,7 +27,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 ORIGINS = ["that of a new fact, name shared", "that of another new fact", "another of the relation", "none of these"]
-LEARNT = [0.5, 0.95]                           # shares of the new facts at which the forgetting of runs is compared
+LEARNT = [0.25, 0.5, 0.95]                        # shares of the new facts at which the forgetting of runs is compared
 GROUPS = ["relation", "kind", "words shared"]  # of held-out facts; the last: how many words of the name are in a new one
 AXES = {                                       # what --of draws: x and y
     "number": ("new facts trained on", "forgetting in points"), "width": ("width of the model", "forgetting in points"),

@@ -84,7 +84,7 @@ def test_frozen_weights_stay_bit_for_bit(base, rows):
     model = copy.deepcopy(base[0])
     sft_freeze.freeze(model, sft_freeze.Config(trainable="mlp", layers="1-2"))
     config = sft_freeze.Config(batch_size=4, learning_rate=1e-2, weight_decay=0.5)
-    sft_freeze.run_stage(2, model, rows, 2, sft_freeze.cross_entropy, dict, [], torch.device("cpu"), torch.float32, config)
+    sft_freeze.run_stage(2, model, rows, 2, sft_freeze.cross_entropy, lambda stage, epoch: {}, [], torch.device("cpu"), torch.float32, config)
     for (name, p), (_, q) in zip(model.named_parameters(), base[0].named_parameters(), strict=True):
         assert torch.equal(p, q) == (not (".mlp." in name and (".1." in name or ".2." in name))), name
 

@@ -130,7 +130,7 @@ def stage(script, model, rows, loss_function, **settings):
     model, metrics = copy.deepcopy(model), []
     dtype = settings.pop("dtype", torch.float32)
     config = script.Config(**{"batch_size": 4, "learning_rate": 1e-3, **settings})
-    script.run_stage(2, model, rows, 2, loss_function, dict, metrics, torch.device("cpu"), dtype, config)
+    script.run_stage(2, model, rows, 2, loss_function, lambda stage, epoch: {}, metrics, torch.device("cpu"), dtype, config)
     return model, metrics
 
 
