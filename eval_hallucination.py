@@ -411,7 +411,8 @@ def labels(runs, but=()):
     have it, but for those in `but`."""
     told = []
     for method, config, facts in (json.loads(setting(run)) for run in runs):
-        told.append({"method": method, **config, **facts, **(facts.get("world") or {}), "world": None})
+        facts |= facts.pop("world", None) or {}
+        told.append({"method": method, **config, **{key: value for key, value in facts.items() if value is not None}})
     for key in {key for one in told for key in one} - {"method"}:
         if key in but or len({json.dumps(one[key]) for one in told if key in one}) == 1:
             for one in told:
