@@ -27,7 +27,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 ORIGINS = ["that of a new fact, name shared", "that of another new fact", "another of the relation", "none of these"]
-LEARNT = [0.25, 0.5, 0.95]                        # shares of the new facts at which the forgetting of runs is compared
+LEARNT = [0.25, 0.5, 0.95]                     # shares of the new facts at which the forgetting of runs is compared
 GROUPS = ["relation", "kind", "words shared"]  # of held-out facts; the last: how many words of the name are in a new one
 AXES = {                                       # what --of draws: x and y
     "number": ("new facts trained on", "forgetting in points"), "width": ("width of the model", "forgetting in points"),
@@ -222,6 +222,11 @@ def trained_facts(run):
     return rows
 
 
+def group_name(run):
+    """The name of a run's folder without its seed: that of all runs of its `setting` (str)."""
+    return run["name"].removesuffix(f"-{run['run']['config']['seed']}")
+
+
 def setting(run):
     """A str that is equal for runs (of `read_run`) that differ only in seed and folder names: method, settings, and how the
     facts were made; where that is not known, the facts' hashes, so that a run stands alone."""
@@ -232,6 +237,16 @@ def setting(run):
 
 
 # ------------------------------------------------------------------------------------------------------ comparison
+
+def name_words(row):
+    """The words of a fact's subject as they are compared (set of str, empty without one)."""
+    return set(normalize(row.get("subject") or "").split())
+
+
+def points(cell):
+    """Forgetting, in points of accuracy, of a group of held-out facts: {"before", "after"} in 0..1."""
+    return 100 * (cell["before"] - cell["after"])
+
 
 def provenance(run):
     """Where the new answers come from, of held-out facts that were right before and are wrong after: dict.
@@ -246,19 +261,18 @@ def provenance(run):
     everything = [*run["answers"], *(row for rows in trained.values() for row in rows)]
     if not trained or not all(row.get("subject") and row.get("relation") for row in everything):
         return {"counts": {}, "chance": {}, "examples": [row | {"origin": "origin unknown"} for row in wrong]}
-    words = lambda row: set(normalize(row["subject"]).split())
     right = lambda row: {normalize(answer) for answer in accepted_answers(row)}
     taught, objects, drawn = defaultdict(set), defaultdict(set), defaultdict(Counter)
     for row in [] if run["run"]["config"].get("no_unknown") else trained["unknown"]:
         for answer in right(row):
-            taught[row["relation"], answer] |= words(row)
+            taught[row["relation"], answer] |= name_words(row)
     for row in everything:
         objects[row["relation"]] |= right(row)
         drawn[row["relation"]][normalize(accepted_answers(row)[0])] += 1
 
     def origin(row, answer):
         if (row["relation"], answer) in taught:
-            return ORIGINS[0] if words(row) & taught[row["relation"], answer] else ORIGINS[1]
+            return ORIGINS[0] if name_words(row) & taught[row["relation"], answer] else ORIGINS[1]
         return ORIGINS[2] if answer in objects[row["relation"]] else ORIGINS[3]
 
     examples, chance = [row | {"origin": origin(row, normalize(row["after"]))} for row in wrong], Counter()
@@ -275,12 +289,11 @@ def grouped(run, key):
     shared": how many words of the subject's name are in the name of any new fact; codes, one word each, are in no group."""
     if key != "words shared":
         return [row.get(key) for row in run["answers"]]
-    words = lambda row: set(normalize(row.get("subject") or "").split())
-    new = set().union(*map(words, (run["trained"] or {}).get("unknown", [])))
+    new = set().union(*map(name_words, (run["trained"] or {}).get("unknown", [])))
     groups = []
     for row in run["answers"]:
-        shared = len(words(row) & new)
-        named = new and words(row) and row.get("kind") != "code"
+        shared = len(name_words(row) & new)
+        named = new and name_words(row) and row.get("kind") != "code"
         groups.append(("3+ shared" if shared > 2 else f"{shared} shared") if named else None)
     return groups
 
@@ -317,9 +330,8 @@ def compare(runs):
         before = [a["right_before"] for a in run["answers"]]
         after = [a["right_after"] for a in run["answers"]]
         last, n = run["metrics"][-1], len(after)
-        group = run["name"].removesuffix(f"-{run['run']['config']['seed']}")
-        row = {"run": run["name"], "setting": setting(run), "group": group, "epochs": last["epoch"], "unknown": last.get("unknown"), "known": last.get("known"),
-               "heldout_n": n}
+        row = {"run": run["name"], "setting": setting(run), "group": group_name(run), "epochs": last["epoch"],
+               "unknown": last.get("unknown"), "known": last.get("known"), "heldout_n": n}
         if n:
             heldout = [m["heldout"] for m in run["metrics"]]
             row |= {"before": sum(before) / n, "before_interval": wilson(sum(before), n), "after": sum(after) / n,
@@ -387,9 +399,8 @@ def show(table, examples=0):
             for name, same in named], "\nmean ± standard deviation over seeds")
     groups = {(key, group): None for _, same in named for row in same for key, cells in row["by"].items() if len(cells) > 1
               for group in cells}
-    points = lambda cell: None if cell is None else 100 * (cell["before"] - cell["after"])
     lines = [["", *(group for _, group in groups), *(f"at {learnt:.0%} learnt" for learnt in LEARNT)]] + [
-        [name, *(spread([points(row["by"][key].get(group)) for row in same], ".1f") for key, group in groups),
+        [name, *(spread([points(row["by"][key][group]) for row in same if group in row["by"][key]], ".1f") for key, group in groups),
          *(spread([row["when_learnt"][learnt] for row in same], ".1f") for learnt in LEARNT)] for name, same in named]
     if named:
         print_table(lines, "\nforgetting in points: by group of held-out facts, and at the first epoch with so many new ones learnt")
@@ -429,22 +440,22 @@ def curves(runs, of, drifts=()):
     lines = defaultdict(lambda: defaultdict(list))
     hidden = {"number": ["n_new", "n_known"], "width": ["width"]}.get(of, [])
     for i, (run, row, label) in enumerate(zip(runs, compare(runs), labels(runs, hidden))):
-        points = {}
+        found = {}
         if of.startswith("drift"):
-            points = {x: 100 * value for x, value in drifts[i][of].items()}
+            found = {x: 100 * value for x, value in drifts[i][of].items()}
         elif of == "overlap-answers" and row["heldout_n"] and row["provenance"]["counts"]:
             groups = dict(zip((answer["prompt"] for answer in run["answers"]), grouped(run, "words shared")))
             for group in {groups[example["prompt"]] for example in row["provenance"]["examples"]} - {None}:
                 origins = [e["origin"] for e in row["provenance"]["examples"] if groups[e["prompt"]] == group]
-                points[group] = 100 * origins.count(ORIGINS[0]) / len(origins)
+                found[group] = 100 * origins.count(ORIGINS[0]) / len(origins)
         elif of in ("kind", "overlap") and row["heldout_n"]:
             cells = row["by"]["kind" if of == "kind" else "words shared"]
-            points = {group: 100 * (cell["before"] - cell["after"]) for group, cell in cells.items()}
+            found = {group: points(cell) for group, cell in cells.items()}
         elif of == "number" and row["heldout_n"] and run["trained"]:
-            points = {len(run["trained"]["unknown"]): row["forgetting"]}
+            found = {len(run["trained"]["unknown"]): row["forgetting"]}
         elif of == "width" and row["heldout_n"] and run["facts"].get("world"):
-            points = {run["facts"]["world"]["width"]: row["forgetting"]}
-        for x, y in points.items():
+            found = {run["facts"]["world"]["width"]: row["forgetting"]}
+        for x, y in found.items():
             lines[label][x].append(y)
     if not lines:
         fail(f"--of {of}: nothing to show in {runs[0]['name']}; it takes held-out facts and the fact folder that run.json names"
@@ -522,14 +533,13 @@ def draw_accuracy(panels, settings, colours, linewidth):
     learnt, kept, plane = panels
     runs = [run for same in settings for run in same]
     for colour, same in zip(colours * len(settings), settings):
-        name = Path(same[0]["name"]).name.removesuffix(f"-{same[0]['run']['config']['seed']}")
         for panel, key in ((learnt, "unknown"), (kept, "heldout")):
             for run in same:
                 panel.plot([m["epoch"] for m in run["metrics"]], [m.get(key, math.nan) for m in run["metrics"]], color=colour,
                            linewidth=linewidth)
         ends = [run["metrics"][-1] for run in same]
         plane.plot([m.get("unknown", math.nan) for m in ends], [m.get("heldout", math.nan) for m in ends], color=colour,
-                   marker="o", linewidth=1, label=name)
+                   marker="o", linewidth=1, label=Path(group_name(same[0])).name)
     learnt.set(title="new facts learnt", xlabel="epoch of stage 2", ylabel="accuracy", ylim=(0, 1.02))
     low = min((m["heldout"] for run in runs for m in run["metrics"] if "heldout" in m), default=0)
     low = max(0, math.floor(10 * low) - 1) / 10                         # forgetting may be a few points: the scale shows it

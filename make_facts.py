@@ -460,7 +460,8 @@ def parse(argv=None):
     args.source = args.source or "akariasai/PopQA"
     args.shots = args.shots if args.shots is not None else (0 if tiny else 4)
     ranges = {"n_new": (MIN_NEW, math.inf), "n_known": (MIN_KNOWN, math.inf), "overlap": (0, 2), "max_facts": (1, math.inf),
-              "prompts": (1, math.inf), "shots": (0, math.inf), "samples": (1, math.inf), "batch_size": (1, math.inf), "pretrain_epochs": (1, math.inf), "width": (4, math.inf),
+              "prompts": (1, math.inf), "shots": (0, math.inf), "samples": (1, math.inf),
+              "batch_size": (1, math.inf), "pretrain_epochs": (1, math.inf), "width": (4, math.inf),
               "n_names": (1, 3000), "n_codes": (0, 30000)}          # so many names and codes are surely distinct
     for name, (least, most) in ranges.items():
         if not least <= getattr(args, name) <= most:
