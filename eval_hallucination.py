@@ -501,8 +501,7 @@ def draw(runs, path, of="accuracy", lines=None):
     for run in runs:
         settings[setting(run)].append(run)
     with plt.rc_context(ink):
-        rows = ((len(settings) if of == "accuracy" else len(lines)) + 2) // 3       # of the legend
-        figure, panels = plt.subplots(1, 3 if of == "accuracy" else 1, figsize=(11 if of == "accuracy" else 7, 3.3 + 0.3 * rows))
+        figure, panels = plt.subplots(1, 3 if of == "accuracy" else 1)
         if of == "accuracy":
             last = draw_accuracy(panels, settings.values(), colours, 2.4 if len(runs) < 4 else 1.4)
         else:
@@ -516,7 +515,12 @@ def draw(runs, path, of="accuracy", lines=None):
             if of not in ("drift", "drift-epochs"):
                 last.set_xticks(list(place.values()), list(place), minor=False)
                 last.minorticks_off()
-        figure.legend(*last.get_legend_handles_labels(), loc="lower center", ncols=3, frameon=False)
+        handles, names = last.get_legend_handles_labels()
+        across = 11 if of == "accuracy" else 7                          # inches; a letter of the legend takes 0.09
+        columns = max(1, min(3, int(across / (0.6 + 0.09 * max(map(len, names))))))
+        rows = math.ceil(len(names) / columns)
+        figure.set_size_inches(across, 3.3 + 0.3 * rows)
+        figure.legend(handles, names, loc="lower center", ncols=columns, frameon=False)
         figure.tight_layout(rect=(0, 0.04 + 0.06 * rows, 1, 1))
         temporary = Path(f"{path}.part")
         try:
