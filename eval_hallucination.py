@@ -464,10 +464,11 @@ def curves(runs, of, drifts=()):
 
 
 def show_curves(lines, of):
-    """Print what `curves` returned as a table: a row a line, a column an x."""
+    """Print what `curves` returned as a table: a row a line, a column an x; the other way round where there are many x."""
     columns = sorted({x for line in lines.values() for x in line})
-    print_table([[AXES[of][0], *map(str, columns)]] + [[label, *(spread(line.get(x, []), ".1f") for x in columns)]
-                                                       for label, line in lines.items()], AXES[of][1])
+    table = [[AXES[of][0], *map(str, columns)]] + [[label, *(spread(line.get(x, []), ".1f") for x in columns)]
+                                                   for label, line in lines.items()]
+    print_table(list(zip(*table)) if len(columns) > 8 else table, AXES[of][1])
 
 
 def show_interactions(runs):

@@ -15,7 +15,7 @@ import torch
 from conftest import call, refused
 from eval_hallucination import (ORIGINS, accepted_answers, compare, curves, draw, drift, encode_prompt, evaluate, exact_match,
                                 generate_answers, grouped, interaction, load_model, mcnemar, normalize, provenance, read_jsonl,
-                                read_run, setting, show, spread, stop_ids, trained_facts, wilson)
+                                read_run, setting, show, show_curves, spread, stop_ids, trained_facts, wilson)
 
 
 def test_normalize_and_exact_match():
@@ -278,6 +278,10 @@ def test_of(tmp_path, base, world, capsys):
     assert said["number"][1].split()[-1] == "24" and said["width"][1].split()[-1] == "64"
     assert said["drift"][1].split()[-4:] == list("0123") and said["drift"][2].split()[-1] == "0.0"
     assert said["drift-epochs"][1].split()[-2:] == ["0", "10"] and len(said["overlap"]) >= 4
+    capsys.readouterr()
+    show_curves({"long": {epoch: [epoch / 2] for epoch in range(9)}, "short": {8: [1.0, 3.0]}}, "drift-epochs")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1][-2:] == ["long", "short"] and lines[2:][7] == ["7", "3.5", "–"] and lines[-1] == ["8", "4.0", "2.0", "±", "1.4"]
     drawn = json.loads(call(tmp_path, "eval_hallucination", *folders, "--of", "kind", "--json").stdout)
     n = sum(row["kind"] == "code" for row in read_jsonl(tmp_path / "uuid-0/answers.jsonl"))
     assert drawn["baseline, uuid"]["code"] == [pytest.approx(500 / n)] * 2 and drawn["baseline, semantic"]["code"] == [0.0, 0.0]
