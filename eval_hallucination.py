@@ -230,7 +230,8 @@ def group_name(run):
 def setting(run):
     """A str that is equal for runs (of `read_run`) that differ only in seed and folder names: method, settings, and how the
     facts were made; where that is not known, the facts' hashes, so that a run stands alone."""
-    config = {k: v for k, v in run["run"]["config"].items()
+    own, folder = run["run"]["config"], f"{run['run']['config']['facts']}/"        # a file of the fact folder is so in all of them
+    config = {k: v.removeprefix(folder) if isinstance(v, str) else v for k, v in own.items()
               if k not in ("seed", "facts", "out", "overwrite", "save_every_epoch", "device")}
     facts = {k: run["facts"].get(k) for k in ("source", "new", "n_new", "n_known", "overlap", "prompts", "shots", "samples", "world")}
     return json.dumps([run["run"]["method"], config, facts if run["facts"] else run["run"]["data"]], sort_keys=True)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import call, refused
 from eval_hallucination import (ORIGINS, accepted_answers, compare, curves, draw, drift, encode_prompt, evaluate, exact_match,
-                                generate_answers, grouped, interaction, load_model, mcnemar, normalize, provenance, read_jsonl,
+                                generate_answers, grouped, interaction, labels, load_model, mcnemar, normalize, provenance, read_jsonl,
                                 read_run, setting, show, show_curves, spread, stop_ids, trained_facts, wilson)
 
 
@@ -289,6 +289,10 @@ def test_of(tmp_path, base, world, capsys):
         for of in ("kind", "number", "drift"):
             call(tmp_path, "eval_hallucination", *folders, "--of", of, "--plot", f"{of}.png")
             assert len((tmp_path / f"{of}.png").read_bytes()) > 5000
+    alike = [read_run(tmp_path / "semantic-0") for _ in "ab"]
+    for run, folder in zip(alike, "ab"):                    # each trained on all the known facts of its own folder
+        run["run"]["config"] |= {"facts": folder, "known": f"{folder}/labelled.jsonl"}
+    assert setting(alike[0]) == setting(alike[1]) and labels(alike) == ["baseline"] * 2
     for kind in ("semantic", "uuid"):
         shutil.rmtree(tmp_path / f"facts-{kind}")
     assert "fact folder" in refused(tmp_path, "eval_hallucination", *folders, "--of", "number")
