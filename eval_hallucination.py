@@ -424,6 +424,8 @@ def labels(runs, but=()):
     told = []
     for method, config, facts in (json.loads(setting(run)) for run in runs):
         facts |= facts.pop("world", None) or {}
+        if weight := config.pop("l2", 0):      # a method of its own, though a flag of sft_freeze.py
+            method = f"L2 {weight:g}"
         told.append({"method": method, **config, **{key: value for key, value in facts.items() if value is not None}})
     for key in {key for one in told for key in one} - {"method"}:
         if key in but or len({json.dumps(one[key]) for one in told if key in one}) == 1:
@@ -511,10 +513,12 @@ def draw(runs, path, of="accuracy", lines=None):
             place = {x: i if isinstance(x, str) else x for i, x in enumerate(columns)}
             for colour, (label, line) in zip(colours * len(lines), lines.items()):
                 xs = sorted(line)
-                last.errorbar([place[x] for x in xs], [statistics.mean(line[x]) for x in xs], label=label, color=colour, marker="o",
-                              yerr=[statistics.stdev(line[x]) if len(line[x]) > 1 else 0 for x in xs], capsize=3)
+                last.errorbar([place[x] for x in xs], [statistics.mean(line[x]) for x in xs], label=label, color=colour, marker="o", capsize=3,
+                              yerr=[statistics.stdev(line[x]) if len(line[x]) > 1 else 0 for x in xs], errorevery=1 + len(xs) // 20)
             last.set(xlabel=AXES[of][0], ylabel=AXES[of][1], xscale="log" if of in ("number", "width") else "linear")
-            if of not in ("drift", "drift-epochs"):
+            if of in ("drift", "drift-epochs"):
+                last.locator_params(axis="x", integer=True)
+            else:
                 last.set_xticks(list(place.values()), list(place), minor=False)
                 last.minorticks_off()
         handles, names = last.get_legend_handles_labels()

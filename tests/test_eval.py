@@ -293,6 +293,8 @@ def test_of(tmp_path, base, world, capsys):
     for run, folder in zip(alike, "ab"):                    # each trained on all the known facts of its own folder
         run["run"]["config"] |= {"facts": folder, "known": f"{folder}/labelled.jsonl"}
     assert setting(alike[0]) == setting(alike[1]) and labels(alike) == ["baseline"] * 2
+    alike[1]["run"] |= {"method": "freeze", "config": alike[1]["run"]["config"] | {"l2": 0.01}}
+    assert labels(alike) == ["baseline", "L2 0.01"]
     for kind in ("semantic", "uuid"):
         shutil.rmtree(tmp_path / f"facts-{kind}")
     assert "fact folder" in refused(tmp_path, "eval_hallucination", *folders, "--of", "number")
