@@ -447,6 +447,7 @@ def curves(runs, of, drifts=()):
         if of.startswith("drift"):
             found = {x: 100 * value for x, value in drifts[i][of].items()}
         elif of == "overlap-answers" and row["heldout_n"] and row["provenance"]["counts"]:
+            lines[label]                       # a run that forgot nothing has a row too, an empty one
             groups = dict(zip((answer["prompt"] for answer in run["answers"]), grouped(run, "words shared")))
             for group in {groups[example["prompt"]] for example in row["provenance"]["examples"]} - {None}:
                 origins = [e["origin"] for e in row["provenance"]["examples"] if groups[e["prompt"]] == group]
