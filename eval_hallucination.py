@@ -230,8 +230,9 @@ def group_name(run):
 def setting(run):
     """A str that is equal for runs (of `read_run`) that differ only in seed and folder names: method, settings, and how the
     facts were made; where that is not known, the facts' hashes, so that a run stands alone."""
-    own, folder = run["run"]["config"], f"{run['run']['config']['facts']}/"        # a file of the fact folder is so in all of them
-    config = {k: v.removeprefix(folder) if isinstance(v, str) else v for k, v in own.items()
+    config = run["run"]["config"]
+    folder = f"{config['facts']}/"             # a file of it, named by --known say, is the same one in each seed's folder
+    config = {k: v.removeprefix(folder) if isinstance(v, str) else v for k, v in config.items()
               if k not in ("seed", "facts", "out", "overwrite", "save_every_epoch", "device")}
     facts = {k: run["facts"].get(k) for k in ("source", "new", "n_new", "n_known", "overlap", "prompts", "shots", "samples", "world")}
     return json.dumps([run["run"]["method"], config, facts if run["facts"] else run["run"]["data"]], sort_keys=True)
@@ -514,8 +515,9 @@ def draw(runs, path, of="accuracy", lines=None):
             place = {x: i if isinstance(x, str) else x for i, x in enumerate(columns)}
             for colour, (label, line) in zip(colours * len(lines), lines.items()):
                 xs = sorted(line)
-                last.errorbar([place[x] for x in xs], [statistics.mean(line[x]) for x in xs], label=label, color=colour, marker="o", capsize=3,
-                              yerr=[statistics.stdev(line[x]) if len(line[x]) > 1 else 0 for x in xs], errorevery=1 + len(xs) // 20)
+                last.errorbar([place[x] for x in xs], [statistics.mean(line[x]) for x in xs],
+                              yerr=[statistics.stdev(line[x]) if len(line[x]) > 1 else 0 for x in xs],
+                              errorevery=1 + len(xs) // 20, capsize=3, marker="o", label=label, color=colour)
             last.set(xlabel=AXES[of][0], ylabel=AXES[of][1], xscale="log" if of in ("number", "width") else "linear")
             if of in ("drift", "drift-epochs"):
                 last.locator_params(axis="x", integer=True)

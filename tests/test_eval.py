@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import call, refused
 from eval_hallucination import (ORIGINS, accepted_answers, compare, curves, draw, drift, encode_prompt, evaluate, exact_match,
-                                generate_answers, grouped, interaction, labels, load_model, mcnemar, normalize, provenance, read_jsonl,
-                                read_run, setting, show, show_curves, spread, stop_ids, trained_facts, wilson)
+                                generate_answers, grouped, interaction, labels, load_model, mcnemar, normalize, provenance,
+                                read_jsonl, read_run, setting, show, show_curves, spread, stop_ids, trained_facts, wilson)
 
 
 def test_normalize_and_exact_match():
