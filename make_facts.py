@@ -277,7 +277,8 @@ def label_facts(model, tokenizer, facts, prompts, shots, samples, seed, batch_si
         relations[fact["relation"]].append(fact)
     labelled, prompts = [], prompts if shots else 1
     total = prompts * sum(len(fact["answers"]) for fact in facts)
-    with tqdm(total=total, desc="labelling", unit="answer", disable=None) as bar:
+    with tqdm(total=total, desc="labelling", unit="fact", unit_scale=len(facts) / max(1, total), disable=None,
+              bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]") as bar:     # a fact: all its prompts
         for relation in sorted(relations):
             rows = relations[relation]
             rng.shuffle(rows)

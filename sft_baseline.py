@@ -15,6 +15,7 @@ Your own rows of {"prompt": …, "completion": …}:      python sft_baseline.py
 The last line you should see:                         saved runs/baseline-tiny-0
 """
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 METHOD = "baseline"
@@ -59,6 +61,7 @@ class Config:   # each field is a flag; its consequence is the flag's line in --
     grad_clip: float = option(1.0, "largest norm of the gradient", least=1e-6)
     seed: int = option(0, "of the data order; the facts have a seed of their own")
     # the machine
+    gradient_checkpointing: bool = option(False, "run every block again in the backward pass: less memory, a third slower")
     device: str = option("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = option("auto", "autocast precision", choices=["auto", "float32", "bfloat16", "float16"])
 
@@ -132,7 +135,7 @@ def read_rows(path):
 
 
 def encode(tokenizer, rows, longest, max_length=None):
-    """[(ids, n)]: token ids of each row's prompt + completion, of which the first n are the prompt's.
+    """[(ids, n)]: token ids, a tuple, of each row's prompt + completion, of which the first n are the prompt's.
 
     They are encoded apart, as at test time, when there is no completion yet. The prompt gets BOS where the tokenizer
     adds one; the completion gets EOS unless it ends in a newline, as one-line answers do. Ends the program on a row of
@@ -150,7 +153,7 @@ def encode(tokenizer, rows, longest, max_length=None):
         if start + excess >= len(prompt) or length - excess > longest:
             fail(f"{row['prompt'][:40]!r} with its completion has {length} tokens, the model reads {longest}; --max-length "
                  f"(now {max_length}) cuts prompts at their start and must leave a token of them")
-        encoded.append((prompt[:start] + prompt[start + excess:] + completion, len(prompt) - excess))
+        encoded.append((tuple(prompt[:start] + prompt[start + excess:] + completion), len(prompt) - excess))
     return encoded
 
 
@@ -168,30 +171,43 @@ def make_windows(rows, config, stage, epoch):
 
 
 def collate(rows, device):
-    """Pad `encode`d rows on the right: ids, attention (B, T); next, the token that each position predicts, and the masks
-    real, it is a token of the row, and supervised, of its completion (B, T-1). Masks go by length, so any id pads."""
+    """Pad `encode`d `rows` on the right: ids, attention (B, T); next, the token that each position predicts, and the
+    masks real, it is a token of the row, and supervised, of its completion (B, T-1). Masks go by length, so any id pads."""
     width = max(len(ids) for ids, _ in rows)
-    padded = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows], device=device)          # (B, T)
+    padded = torch.tensor([[*ids] + [0] * (width - len(ids)) for ids, _ in rows], device=device)       # (B, T)
     lengths = torch.tensor([[len(ids)] for ids, _ in rows], device=device)                             # (B, 1)
     prompts = torch.tensor([[n] for _, n in rows], device=device)                                      # (B, 1)
     position = torch.arange(width, device=device)[None]                                                # (1, T)
     real = position[:, 1:] < lengths
-    return {"ids": padded, "attention": (position < lengths).long(), "next": padded[:, 1:], "real": real,
+    return {"rows": rows, "ids": padded, "attention": (position < lengths).long(), "next": padded[:, 1:], "real": real,
             "supervised": real & (position[:, 1:] >= prompts)}
 
 
-def next_token_logits(model, batch):
-    """(B, T-1, V): the logits of `model` for batch["next"]."""
-    return model(input_ids=batch["ids"], attention_mask=batch["attention"], use_cache=False).logits[:, :-1]
+def split_model(model, batch):
+    """(trunk, head): trunk(batch, mask) -> hidden states (N, d), after the final norm, of the N positions under `mask`
+    (B, T-1); head(hidden) -> their logits (N, V). So no logits are made that enter no loss: a batch's can outweigh the model.
+
+    Where the two do not give, to 1e-5 of the largest, the logits that `model` itself gives for `batch` (soft-capping and
+    scaling do that), the trunk gives those and the head passes them on."""
+    inputs = lambda batch: {"input_ids": batch["ids"], "attention_mask": batch["attention"], "use_cache": False}
+    trunk = lambda batch, mask: model.base_model(**inputs(batch)).last_hidden_state[:, :-1][mask]
+    whole = lambda batch, mask: model(**inputs(batch)).logits[:, :-1][mask]
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        own = whole(batch, batch["real"])
+        if head is not None and (head(trunk(batch, batch["real"])) - own).abs().max() <= 1e-5 * own.abs().max():
+            return trunk, head
+    print("note: no linear head on the last hidden states: logits are made for all positions; no cached teacher")
+    return whole, torch.nn.Identity()
 
 
 def cross_entropy(logits, batch, window):
-    """Plain SFT: (loss, terms to log) of one batch's `logits` (B, T-1, V), as its share of the accumulation window.
+    """Plain SFT: (loss, terms to log) of one batch's `logits` (N, V) at its N supervised positions, as its share of the
+    accumulation window.
 
     window: how many `supervised` and `real` positions the whole window has. Sums divided by the window's number weigh
     every token alike; averaging the batches' means would weigh tokens in short batches more."""
-    mask = batch["supervised"]                                                                         # (B, T-1)
-    ce = F.cross_entropy(logits[mask].float(), batch["next"][mask], reduction="sum") / window["supervised"]
+    ce = F.cross_entropy(logits.float(), batch["next"][batch["supervised"]], reduction="sum") / window["supervised"]
     return ce, {"ce": ce.item()}
 
 
@@ -207,7 +223,7 @@ def get_lr(step, total, config):
 def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device, dtype, config):
     """Train `model` on `rows` (of `encode`), append a dict an epoch to `metrics`; returns the last score.
 
-    stage: 1 or 2; loss_function(logits, batch, window) -> (loss, terms); score(stage, epoch) -> {set: result of `evaluate`}."""
+    stage: 1 or 2; loss_function(batch, window) -> (loss, terms); score(stage, epoch) -> {set: result of `evaluate`}."""
     # biases and norms, which are no matrices, are not decayed
     groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": config.weight_decay},
               {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
@@ -226,7 +242,7 @@ def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device,
                 group["lr"] = lr
             for batch in batches:
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss, terms = loss_function(next_token_logits(model, batch), batch, counts)
+                    loss, terms = loss_function(batch, counts)
                 scaler.scale(loss).backward()                       # gradients add up over the window
                 means = {key: means.get(key, 0.0) + value / len(windows) for key, value in terms.items()}
             if step == 1:
@@ -258,6 +274,14 @@ def load_model(name, device):
              "tokenizer, or the name of a model on the hub and a network")
 
 
+def checkpoint_blocks(model):
+    """Keep no activations inside a block: run it again in the backward pass. The library's own switch wants training mode,
+    and with it dropout. The blocks are the largest list of modules."""
+    size = lambda part: isinstance(part, torch.nn.ModuleList) and sum(p.numel() for p in part.parameters())
+    for block in max(model.modules(), key=size):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
 def train(config):
     """Both stages; saves the run and returns its metrics, a dict an epoch as in metrics.jsonl."""
     out = Path(config.out)
@@ -268,10 +292,14 @@ def train(config):
     files = fact_files(config)
     sets = {key: read_rows(path) for key, path in files.items()}
     model, tokenizer = load_model(Path(config.facts) / "base" if config.model == "tiny" else config.model, device)
+    if config.gradient_checkpointing:
+        checkpoint_blocks(model)
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
     known, unknown = (encode(tokenizer, sets[key], context, config.max_length) for key in ("known", "unknown"))
     if not (mixture := known if config.no_unknown else known + unknown):
         fail("--no-unknown: no known facts to train on; name some with --known")
+    trunk, head = split_model(model, collate(mixture[:2], device))
+    plain = lambda batch, window: cross_entropy(head(trunk(batch, batch["supervised"])), batch, window)
     temporary = out.with_name(f".{out.name}.part-{os.getpid()}")    # renamed at the end: a run is there whole or not at all
     try:
         model.generation_config.save_pretrained(temporary)          # may be invalid: better known now than after training
@@ -297,14 +325,14 @@ def train(config):
     # Stage 1: the form of the task, from facts that the model knows. The result is the model before.
     metrics = []                                # a dict an epoch
     if known and config.format_epochs:
-        before = run_stage(1, model, known, config.format_epochs, cross_entropy, score, metrics, device, dtype, config)
+        before = run_stage(1, model, known, config.format_epochs, plain, score, metrics, device, dtype, config)
     else:
         print("stage 1 skipped: no known facts to train on, or --format-epochs 0")
         before = score(2, 0)
     metrics.append({"stage": 2, "epoch": 0, **{key: s["accuracy"] for key, s in before.items()}})
 
     # Stage 2: known and new facts together (--no-unknown: known ones alone).
-    after = run_stage(2, model, mixture, config.epochs, cross_entropy, score, metrics, device, dtype, config)
+    after = run_stage(2, model, mixture, config.epochs, plain, score, metrics, device, dtype, config)
 
     run = {"method": METHOD, "config": asdict(config), "device": str(device), "dtype": str(dtype),
            "versions": {library.__name__: library.__version__ for library in (torch, transformers, np)},

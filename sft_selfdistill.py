@@ -17,6 +17,7 @@ The last line you should see:                         saved runs/selfdistill-tin
 """
 import argparse
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -31,9 +32,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 METHOD = "selfdistill"
+CHUNK = 2 ** 24     # probabilities in memory at once, 64 MB in fp32
 option = lambda default, consequence, **more: field(default=default, metadata={"help": consequence, **more})
 
 
@@ -65,7 +68,9 @@ class Config:   # each field is a flag; its consequence is the flag's line in --
     temperature: float = option(4.0, "τ: a hot teacher shows also what it ranks lower; the paper has 0.5", least=0.01)
     kl_direction: str = option("forward", "reverse: KL(student ‖ teacher)", choices=["forward", "reverse"])
     kl_scope: str = option("all", "distilled positions: all, or the completion's", choices=["all", "completion"])
+    teacher: str = option("cached", "its hidden states, made once; live: a second model", choices=["cached", "live"])
     # the machine
+    gradient_checkpointing: bool = option(False, "run every block again in the backward pass: less memory, a third slower")
     device: str = option("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = option("auto", "autocast precision", choices=["auto", "float32", "bfloat16", "float16"])
 
@@ -139,7 +144,7 @@ def read_rows(path):
 
 
 def encode(tokenizer, rows, longest, max_length=None):
-    """[(ids, n)]: token ids of each row's prompt + completion, of which the first n are the prompt's.
+    """[(ids, n)]: token ids, a tuple, of each row's prompt + completion, of which the first n are the prompt's.
 
     They are encoded apart, as at test time, when there is no completion yet. The prompt gets BOS where the tokenizer
     adds one; the completion gets EOS unless it ends in a newline, as one-line answers do. Ends the program on a row of
@@ -157,7 +162,7 @@ def encode(tokenizer, rows, longest, max_length=None):
         if start + excess >= len(prompt) or length - excess > longest:
             fail(f"{row['prompt'][:40]!r} with its completion has {length} tokens, the model reads {longest}; --max-length "
                  f"(now {max_length}) cuts prompts at their start and must leave a token of them")
-        encoded.append((prompt[:start] + prompt[start + excess:] + completion, len(prompt) - excess))
+        encoded.append((tuple(prompt[:start] + prompt[start + excess:] + completion), len(prompt) - excess))
     return encoded
 
 
@@ -175,49 +180,93 @@ def make_windows(rows, config, stage, epoch):
 
 
 def collate(rows, device):
-    """Pad `encode`d rows on the right: ids, attention (B, T); next, the token that each position predicts, and the masks
-    real, it is a token of the row, and supervised, of its completion (B, T-1). Masks go by length, so any id pads."""
+    """Pad `encode`d `rows` on the right: ids, attention (B, T); next, the token that each position predicts, and the
+    masks real, it is a token of the row, and supervised, of its completion (B, T-1). Masks go by length, so any id pads."""
     width = max(len(ids) for ids, _ in rows)
-    padded = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows], device=device)          # (B, T)
+    padded = torch.tensor([[*ids] + [0] * (width - len(ids)) for ids, _ in rows], device=device)       # (B, T)
     lengths = torch.tensor([[len(ids)] for ids, _ in rows], device=device)                             # (B, 1)
     prompts = torch.tensor([[n] for _, n in rows], device=device)                                      # (B, 1)
     position = torch.arange(width, device=device)[None]                                                # (1, T)
     real = position[:, 1:] < lengths
-    return {"ids": padded, "attention": (position < lengths).long(), "next": padded[:, 1:], "real": real,
+    return {"rows": rows, "ids": padded, "attention": (position < lengths).long(), "next": padded[:, 1:], "real": real,
             "supervised": real & (position[:, 1:] >= prompts)}
 
 
-def next_token_logits(model, batch):
-    """(B, T-1, V): the logits of `model` for batch["next"]."""
-    return model(input_ids=batch["ids"], attention_mask=batch["attention"], use_cache=False).logits[:, :-1]
+def split_model(model, batch):
+    """(trunk, head): trunk(batch, mask) -> hidden states (N, d), after the final norm, of the N positions under `mask`
+    (B, T-1); head(hidden) -> their logits (N, V). So no logits are made that enter no loss: a batch's can outweigh the model.
+
+    Where the two do not give, to 1e-5 of the largest, the logits that `model` itself gives for `batch` (soft-capping and
+    scaling do that), the trunk gives those and the head passes them on."""
+    inputs = lambda batch: {"input_ids": batch["ids"], "attention_mask": batch["attention"], "use_cache": False}
+    trunk = lambda batch, mask: model.base_model(**inputs(batch)).last_hidden_state[:, :-1][mask]
+    whole = lambda batch, mask: model(**inputs(batch)).logits[:, :-1][mask]
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        own = whole(batch, batch["real"])
+        if head is not None and (head(trunk(batch, batch["real"])) - own).abs().max() <= 1e-5 * own.abs().max():
+            return trunk, head
+    print("note: no linear head on the last hidden states: logits are made for all positions; no cached teacher")
+    return whole, torch.nn.Identity()
 
 
 def cross_entropy(logits, batch, window):
-    """Plain SFT: (loss, terms to log) of one batch's `logits` (B, T-1, V), as its share of the accumulation window.
+    """Plain SFT: (loss, terms to log) of one batch's `logits` (N, V) at its N supervised positions, as its share of the
+    accumulation window.
 
     window: how many `supervised` and `real` positions the whole window has. Sums divided by the window's number weigh
     every token alike; averaging the batches' means would weigh tokens in short batches more."""
-    mask = batch["supervised"]                                                                         # (B, T-1)
-    ce = F.cross_entropy(logits[mask].float(), batch["next"][mask], reduction="sum") / window["supervised"]
+    ce = F.cross_entropy(logits.float(), batch["next"][batch["supervised"]], reduction="sum") / window["supervised"]
     return ce, {"ce": ce.item()}
 
 
-def self_distillation(logits, batch, window, teacher, config):
-    """CE + λ · τ² · KL over the distilled positions: (loss, terms to log). Arguments as in `cross_entropy`.
-
-    Costs the teacher's forward pass. At step 1 student and teacher are equal and the KL reads 0: the best free check."""
-    ce, terms = cross_entropy(logits, batch, window)
-    scope, tau = "real" if config.kl_scope == "all" else "supervised", config.temperature
-    with torch.no_grad():
-        teacher_logits = next_token_logits(teacher, batch)                                             # (B, T-1, V)
+def kl_sum(hidden, before, head, head_before, config):
+    """KL(teacher ‖ student) at temperature τ, summed over N positions. hidden, before (N, d): the student's and teacher's."""
     # log-probabilities in fp32: the KL is a sum of their small differences, which bf16 would round away
-    log_p = F.log_softmax(teacher_logits[batch[scope]].float() / tau, dim=-1)                          # (N, V) teacher
-    log_q = F.log_softmax(logits[batch[scope]].float() / tau, dim=-1)                                  # (N, V) student
+    log_q = F.log_softmax(head(hidden).float() / config.temperature, dim=-1)                           # (N, V) student
+    with torch.no_grad():
+        log_p = F.log_softmax(head_before(before).float() / config.temperature, dim=-1)                # (N, V) teacher
     if config.kl_direction == "reverse":    # Σ q (log q − log p): the student must avoid what the teacher finds unlikely
         log_p, log_q = log_q, log_p
-    kl = (log_p.exp() * (log_p - log_q)).sum() / window[scope]      # Σ p (log p − log q): it must cover what p finds likely
+    return (log_p.exp() * (log_p - log_q)).sum()                    # Σ p (log p − log q): it must cover what p finds likely
+
+
+def self_distillation(trunk, head, teacher, batch, window, config):
+    """CE + λ · τ² · KL over the distilled positions: (loss, terms to log). Others as in `split_model` and `cross_entropy`.
+
+    teacher: (states, head), states(batch, mask) -> (N, d), of `make_teacher`. At step 1 student and teacher are equal and
+    the KL reads 0: the best free check. Many positions go in chunks, whose distributions are made anew in the backward pass."""
+    scope, (states, head_before) = "real" if config.kl_scope == "all" else "supervised", teacher
+    hidden, before = trunk(batch, batch[scope]), states(batch, batch[scope])                           # (N, d)
+    ce, terms = cross_entropy(head(hidden[batch["supervised"][batch[scope]]]), batch, window)
+    size = max(1, CHUNK // getattr(head, "out_features", hidden.shape[-1]))                            # of V columns
+    chunks = list(zip(hidden.split(size), before.split(size)))
+    of_chunk = functools.partial(checkpoint, kl_sum, use_reentrant=False) if len(chunks) > 1 else kl_sum
+    kl = sum(of_chunk(*chunk, head, head_before, config) for chunk in chunks) / window[scope]
     # τ²: the gradient of a softmax at τ shrinks as 1/τ² (Hinton et al. 2015, arXiv:1503.02531, section 2.1)
-    return ce + config.kl_weight * tau ** 2 * kl, terms | {"kl": kl.item()}
+    return ce + config.kl_weight * config.temperature ** 2 * kl, terms | {"kl": kl.item()}
+
+
+def make_teacher(model, trunk, head, rows, device, dtype, config):
+    """The frozen teacher, which is `model` as it is now: (states, head) for `self_distillation`.
+
+    It never changes and neither do the rows, so one pass over them gives all that it will be asked: the hidden states at
+    the distilled positions, kept on the CPU in the autocast dtype (2·d bytes a token in bf16), from which a copy of the
+    head makes the logits. --teacher live is a second copy of the model instead, and its forward pass at every step."""
+    if config.teacher == "live" or not isinstance(head, torch.nn.Linear):
+        states, head_before = split_model(copy.deepcopy(model).requires_grad_(False), collate(rows[:2], device))
+        return torch.no_grad()(states), head_before
+    cached, scope = {}, "real" if config.kl_scope == "all" else "supervised"
+    rows = sorted(rows, key=lambda row: len(row[0]))
+    for start in tqdm(range(0, len(rows), config.batch_size), "asking the teacher", unit="batch", leave=False, disable=None):
+        batch = collate(rows[start:start + config.batch_size], device)
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            hidden = trunk(batch, batch[scope]).to("cpu", dtype)
+        cached |= zip(batch["rows"], hidden.split(batch[scope].sum(1).tolist()))
+    size = sum(states.nbytes for states in cached.values()) / 1e6
+    print(f"teacher: hidden states of {len(cached)} rows, {size:.1f} MB on the CPU", flush=True)
+    return (lambda batch, mask: torch.cat([cached[row] for row in batch["rows"]]).to(device),
+            copy.deepcopy(head).to(dtype).requires_grad_(False))
 
 
 def get_lr(step, total, config):
@@ -232,7 +281,7 @@ def get_lr(step, total, config):
 def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device, dtype, config):
     """Train `model` on `rows` (of `encode`), append a dict an epoch to `metrics`; returns the last score.
 
-    stage: 1 or 2; loss_function(logits, batch, window) -> (loss, terms); score(stage, epoch) -> {set: result of `evaluate`}."""
+    stage: 1 or 2; loss_function(batch, window) -> (loss, terms); score(stage, epoch) -> {set: result of `evaluate`}."""
     # biases and norms, which are no matrices, are not decayed
     groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": config.weight_decay},
               {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
@@ -251,7 +300,7 @@ def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device,
                 group["lr"] = lr
             for batch in batches:
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss, terms = loss_function(next_token_logits(model, batch), batch, counts)
+                    loss, terms = loss_function(batch, counts)
                 scaler.scale(loss).backward()                       # gradients add up over the window
                 means = {key: means.get(key, 0.0) + value / len(windows) for key, value in terms.items()}
             if step == 1:
@@ -283,6 +332,14 @@ def load_model(name, device):
              "tokenizer, or the name of a model on the hub and a network")
 
 
+def checkpoint_blocks(model):
+    """Keep no activations inside a block: run it again in the backward pass. The library's own switch wants training mode,
+    and with it dropout. The blocks are the largest list of modules."""
+    size = lambda part: isinstance(part, torch.nn.ModuleList) and sum(p.numel() for p in part.parameters())
+    for block in max(model.modules(), key=size):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
 def train(config):
     """Both stages; saves the run and returns its metrics, a dict an epoch as in metrics.jsonl."""
     out = Path(config.out)
@@ -293,10 +350,14 @@ def train(config):
     files = fact_files(config)
     sets = {key: read_rows(path) for key, path in files.items()}
     model, tokenizer = load_model(Path(config.facts) / "base" if config.model == "tiny" else config.model, device)
+    if config.gradient_checkpointing:
+        checkpoint_blocks(model)
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
     known, unknown = (encode(tokenizer, sets[key], context, config.max_length) for key in ("known", "unknown"))
     if not (mixture := known if config.no_unknown else known + unknown):
         fail("--no-unknown: no known facts to train on; name some with --known")
+    trunk, head = split_model(model, collate(mixture[:2], device))
+    plain = lambda batch, window: cross_entropy(head(trunk(batch, batch["supervised"])), batch, window)
     temporary = out.with_name(f".{out.name}.part-{os.getpid()}")    # renamed at the end: a run is there whole or not at all
     try:
         model.generation_config.save_pretrained(temporary)          # may be invalid: better known now than after training
@@ -322,15 +383,15 @@ def train(config):
     # Stage 1: the form of the task, from facts that the model knows. The result is the model before.
     metrics = []                                # a dict an epoch
     if known and config.format_epochs:
-        before = run_stage(1, model, known, config.format_epochs, cross_entropy, score, metrics, device, dtype, config)
+        before = run_stage(1, model, known, config.format_epochs, plain, score, metrics, device, dtype, config)
     else:
         print("stage 1 skipped: no known facts to train on, or --format-epochs 0")
         before = score(2, 0)
     metrics.append({"stage": 2, "epoch": 0, **{key: s["accuracy"] for key, s in before.items()}})
 
     # Stage 2: known and new facts together (--no-unknown: known ones alone).
-    teacher = copy.deepcopy(model).requires_grad_(False)           # the model before, frozen: a second copy of the weights
-    distil = lambda logits, batch, window: self_distillation(logits, batch, window, teacher, config)
+    teacher = make_teacher(model, trunk, head, mixture, device, dtype, config)
+    distil = lambda batch, window: self_distillation(trunk, head, teacher, batch, window, config)
     after = run_stage(2, model, mixture, config.epochs, distil, score, metrics, device, dtype, config)
 
     run = {"method": METHOD, "config": asdict(config), "device": str(device), "dtype": str(dtype),

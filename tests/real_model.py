@@ -53,9 +53,11 @@ def test_labels(facts, model):
 def test_kl_reads_zero(facts, model):
     rows = sft_selfdistill.encode(model[1], read_jsonl(facts / "train_known.jsonl")[:8], 2048)
     batch = sft_selfdistill.collate(rows, "cpu")
+    config = sft_selfdistill.Config(kl_weight=4.0, batch_size=4)
     with torch.no_grad():
-        logits = sft_selfdistill.next_token_logits(model[0], batch)
-        _, terms = sft_selfdistill.self_distillation(logits, batch, window_of([batch]), model[0], sft_selfdistill.Config(kl_weight=4.0))
+        trunk, head = sft_selfdistill.split_model(model[0], batch)
+        teacher = sft_selfdistill.make_teacher(model[0], trunk, head, rows, torch.device("cpu"), torch.float32, config)
+        _, terms = sft_selfdistill.self_distillation(trunk, head, teacher, batch, window_of([batch]), config)
     assert abs(terms["kl"]) < 1e-6 and terms["ce"] > 0
 
 

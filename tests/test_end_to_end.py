@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 from conftest import ROOT, call, refused, rows_of, run
+from torch.utils.checkpoint import checkpoint
 
 import eval_hallucination
 import make_facts
@@ -54,6 +55,18 @@ def test_same_seed_same_run(workplace, method):
         call(workplace, method, "--epochs", 1, "--seed", seed, "--out", out)
     weights = [(workplace / out / "model.safetensors").read_bytes() for out in "abc"]
     assert weights[0] == weights[1] != weights[2]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_checkpointing_changes_nothing(workplace, monkeypatch, method):
+    module, calls = importlib.import_module(method), []
+    again = lambda *args, **more: calls.append(args) or checkpoint(*args, **more)
+    monkeypatch.setattr(module, "checkpoint", again)
+    call(workplace, method, "--epochs", 1, "--out", "a")
+    assert not calls
+    call(workplace, method, "--epochs", 1, "--out", "b", "--gradient-checkpointing")
+    assert (workplace / "a/model.safetensors").read_bytes() == (workplace / "b/model.safetensors").read_bytes()
+    assert len({id(block.__self__) for block, *_ in calls}) == 3                         # the blocks of the small world's model
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import ROOT, window_of
 
 import sft_baseline
@@ -24,7 +25,21 @@ def rows(base, world):
     return sft_baseline.encode(base[1], facts, 128)
 
 
-logits_of = sft_selfdistill.next_token_logits
+def plain_loss(script, model):
+    """The cross-entropy of `model` as the scripts put it together: loss_function(batch, window)."""
+    def loss_function(batch, window):
+        trunk, head = script.split_model(model, batch)
+        return script.cross_entropy(head(trunk(batch, batch["supervised"])), batch, window)
+    return loss_function
+
+
+def distil_loss(student, teacher, config):
+    """The self-distillation loss of `student` with a live `teacher`: loss_function(batch, window)."""
+    def loss_function(batch, window):
+        states, head_before = sft_selfdistill.split_model(teacher, batch)
+        return sft_selfdistill.self_distillation(*sft_selfdistill.split_model(student, batch),
+                                                 (torch.no_grad()(states), head_before), batch, window, config)
+    return loss_function
 
 
 def distil_config(**settings):
@@ -49,7 +64,7 @@ def test_kl_equals_torch(student_teacher, rows, direction, scope, tau):
     student, teacher = student_teacher
     config = distil_config(kl_weight=3.0, temperature=tau, kl_direction=direction, kl_scope=scope)
     batch = sft_selfdistill.collate(rows, "cpu")
-    loss, terms = sft_selfdistill.self_distillation(logits_of(student, batch), batch, window_of([batch]), teacher, config)
+    loss, terms = distil_loss(student, teacher, config)(batch, window_of([batch]))
     # the reference goes row by row, without padding and without the script's masks
     kl, n, ce, supervised = 0.0, 0, 0.0, 0
     for ids, prompt in rows:
@@ -67,15 +82,16 @@ def test_kl_equals_torch(student_teacher, rows, direction, scope, tau):
     assert loss.item() == pytest.approx(float(ce / supervised + 3.0 * tau ** 2 * kl / n), rel=1e-4)
 
 
-def test_kl_by_hand(monkeypatch):
+def test_kl_by_hand():
     """Two positions, two tokens: KL((¾, ¼) ‖ (½, ½)) = ¾ ln 1.5 + ¼ ln 0.5 at the first, 0 at the second."""
-    logits = {"student": torch.zeros(1, 2, 2), "teacher": torch.tensor([[[math.log(3), 0.0], [0.0, 0.0]]])}
-    monkeypatch.setattr(sft_selfdistill, "next_token_logits", lambda model, batch: logits[model])
+    student, teacher = torch.zeros(2, 2), torch.tensor([[math.log(3), 0.0], [0.0, 0.0]])
+    same = torch.nn.Identity()
     batch = {"supervised": torch.tensor([[False, True]]), "real": torch.tensor([[True, True]]), "next": torch.tensor([[0, 1]])}
     by_hand = {"forward": 0.75 * math.log(1.5) + 0.25 * math.log(0.5), "reverse": 0.5 * math.log(2 / 3) + 0.5 * math.log(2)}
     for direction, kl in by_hand.items():
-        _, terms = sft_selfdistill.self_distillation(logits["student"], batch, {"supervised": 1, "real": 2}, "teacher",
-                                                     distil_config(temperature=1.0, kl_direction=direction))
+        _, terms = sft_selfdistill.self_distillation(
+            lambda batch, mask: student, same, (lambda batch, mask: teacher, same), batch, {"supervised": 1, "real": 2},
+            distil_config(temperature=1.0, kl_direction=direction))
         assert terms == pytest.approx({"ce": math.log(2), "kl": kl / 2}, rel=1e-6)
 
 
@@ -83,19 +99,68 @@ def test_kl_by_hand(monkeypatch):
 def test_kl_reads_zero_when_equal(base, rows, dtype):
     batch = sft_selfdistill.collate(rows, "cpu")
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        _, terms = sft_selfdistill.self_distillation(logits_of(base[0], batch), batch, window_of([batch]), copy.deepcopy(base[0]),
-                                                     distil_config())
+        _, terms = distil_loss(base[0], copy.deepcopy(base[0]), distil_config())(batch, window_of([batch]))
     assert abs(terms["kl"]) < 1e-6 and terms["ce"] > 0
 
 
-def test_kl_is_finite_where_the_teacher_is_certain(monkeypatch, student_teacher, rows):
-    monkeypatch.setattr(sft_selfdistill, "next_token_logits", lambda model, batch: 1e4 * logits_of(model, batch))
-    student, teacher = student_teacher
+def test_kl_is_finite_where_the_teacher_is_certain(student_teacher, rows):
+    student, teacher = (copy.deepcopy(model) for model in student_teacher)
+    for model in (student, teacher):
+        model.transformer.ln_f.weight.data *= 1e4
     batch = sft_selfdistill.collate(rows, "cpu")
-    loss, _ = sft_selfdistill.self_distillation(1e4 * logits_of(student, batch), batch, window_of([batch]), teacher,
-                                                distil_config(temperature=0.5))
+    loss, terms = distil_loss(student, teacher, distil_config(temperature=0.5))(batch, window_of([batch]))
     loss.backward()
-    assert all(torch.isfinite(p.grad).all() for p in student.parameters())
+    assert terms["kl"] > 100 and all(torch.isfinite(p.grad).all() for p in student.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")             # which knows no fp64
+@pytest.mark.parametrize("scope", ["all", "completion"])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_chunks_and_cache_change_nothing(monkeypatch, student_teacher, rows, scope, direction):
+    """In fp64: loss and gradient with a cached teacher and chunks of seven positions, and with a live one in a single chunk."""
+    student, teacher = (copy.deepcopy(model).double() for model in student_teacher)
+    batch, found = sft_selfdistill.collate(rows, "cpu"), []
+    for kind, chunk in (("cached", 7), ("live", 10 ** 6)):
+        monkeypatch.setattr(sft_selfdistill, "CHUNK", chunk * student.config.vocab_size)
+        config = distil_config(kl_scope=scope, kl_direction=direction, teacher=kind, batch_size=3)
+        made = sft_selfdistill.make_teacher(teacher, *sft_selfdistill.split_model(teacher, batch), rows, torch.device("cpu"),
+                                            torch.float64, config)
+        student.zero_grad()
+        loss, terms = sft_selfdistill.self_distillation(*sft_selfdistill.split_model(student, batch), made, batch, window_of([batch]), config)
+        loss.backward()
+        found.append((loss.item(), torch.cat([p.grad.flatten() for p in student.parameters()])))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-7) and torch.allclose(found[0][1], found[1][1], rtol=1e-5, atol=1e-9)
+
+
+TINY = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize("kind, settings, linear", [
+    ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 90}, True), ("llama", TINY, True), ("gpt_neox", TINY, True),
+    ("gemma2", TINY | {"head_dim": 8, "num_key_value_heads": 2, "final_logit_softcapping": 0.5}, False),
+    ("granite", TINY | {"logits_scaling": 4.0}, False)])
+def test_trunk_and_head_are_the_model(capsys, kind, settings, linear):
+    """Logits at the masked positions and the loss's gradient are the model's; heads that are not linear stay live, with a note."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **settings)).eval()
+    rows = [(tuple(range(3, 12)), 5), (tuple(range(40, 47)), 2), (tuple(range(20, 29)), 8)]
+    batch = sft_selfdistill.collate(rows, "cpu")
+    trunk, head = sft_selfdistill.split_model(model, batch)
+    assert ("note: " in capsys.readouterr().out) != linear and isinstance(head, torch.nn.Linear) == linear
+    whole = model(input_ids=batch["ids"], attention_mask=batch["attention"]).logits[:, :-1]
+    for mask in ("real", "supervised"):
+        assert torch.allclose(head(trunk(batch, batch[mask])), whole[batch[mask]], rtol=1e-4, atol=1e-6)
+    found = []
+    for loss in (sft_selfdistill.cross_entropy(head(trunk(batch, batch["supervised"])), batch, window_of([batch]))[0],
+                 F.cross_entropy(whole[batch["supervised"]].float(), batch["next"][batch["supervised"]])):
+        model.zero_grad()
+        loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-6)
+    config = distil_config(batch_size=2)
+    teacher = sft_selfdistill.make_teacher(model, trunk, head, rows, torch.device("cpu"), torch.float32, config)
+    _, terms = sft_selfdistill.self_distillation(trunk, head, teacher, batch, window_of([batch]), config)
+    assert abs(terms["kl"]) < 1e-6
 
 
 def gradient(loss_function, model, rows, size):
@@ -103,14 +168,13 @@ def gradient(loss_function, model, rows, size):
     model.zero_grad()
     batches = [sft_selfdistill.collate(rows[i:i + size], "cpu") for i in range(0, len(rows), size)]
     for batch in batches:
-        loss_function(logits_of(model, batch), batch, window_of(batches))[0].backward()
+        loss_function(batch, window_of(batches))[0].backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 def test_accumulation_changes_nothing(student_teacher, rows):
     student, teacher = (copy.deepcopy(m).double() for m in student_teacher)
-    distil = lambda *args: sft_selfdistill.self_distillation(*args, teacher, distil_config())
-    for loss_function in (sft_selfdistill.cross_entropy, distil):
+    for loss_function in (plain_loss(sft_selfdistill, student), distil_loss(student, teacher, distil_config())):
         whole, parts = (gradient(loss_function, student, rows, size) for size in (8, 2))
         assert torch.allclose(whole, parts, rtol=1e-4, atol=1e-6 * whole.abs().max().item())
 
@@ -125,12 +189,12 @@ def test_windows_do_not_depend_on_how_they_are_cut(rows):
         assert one != other and sorted(map(str, sum(sum(one, []), []))) == sorted(map(str, rows))
 
 
-def stage(script, model, rows, loss_function, **settings):
-    """Two epochs of stage 2 in `script`; the model and its metrics."""
+def stage(script, model, rows, make_loss, **settings):
+    """Two epochs of stage 2 in `script` with the loss make_loss(script, model); the model and its metrics."""
     model, metrics = copy.deepcopy(model), []
     dtype = settings.pop("dtype", torch.float32)
     config = script.Config(**{"batch_size": 4, "learning_rate": 1e-3, **settings})
-    script.run_stage(2, model, rows, 2, loss_function, lambda stage, epoch: {}, metrics, torch.device("cpu"), dtype, config)
+    script.run_stage(2, model, rows, 2, make_loss(script, model), lambda stage, epoch: {}, metrics, torch.device("cpu"), dtype, config)
     return model, metrics
 
 
@@ -139,8 +203,8 @@ def same_weights(a, b):
 
 
 def test_without_kl_the_step_is_the_baselines(base, rows):
-    baseline, _ = stage(sft_baseline, base[0], rows, sft_baseline.cross_entropy)
-    no_kl = lambda *args: sft_selfdistill.self_distillation(*args, base[0], distil_config(kl_weight=0.0))
+    baseline, _ = stage(sft_baseline, base[0], rows, plain_loss)
+    no_kl = lambda script, model: distil_loss(model, base[0], distil_config(kl_weight=0.0))
     distilled, _ = stage(sft_selfdistill, base[0], rows, no_kl)
     assert same_weights(baseline, distilled) and not same_weights(baseline, base[0])
 
@@ -148,10 +212,12 @@ def test_without_kl_the_step_is_the_baselines(base, rows):
 def test_teacher_is_unchanged_and_kl_starts_at_zero(base, rows):
     teacher, seen = copy.deepcopy(base[0]).requires_grad_(False), []
 
-    def distil(*args):
-        loss, terms = sft_selfdistill.self_distillation(*args, teacher, distil_config())
-        seen.append(terms["kl"])
-        return loss, terms
+    def distil(script, model):
+        def loss_function(batch, window):
+            loss, terms = distil_loss(model, teacher, distil_config())(batch, window)
+            seen.append(terms["kl"])
+            return loss, terms
+        return loss_function
     student, _ = stage(sft_selfdistill, base[0], rows, distil, weight_decay=0.5)
     assert same_weights(teacher, base[0]) and not same_weights(teacher, student)
     assert abs(seen[0]) < 1e-6 and min(seen[1:]) > 1e-6
@@ -159,12 +225,12 @@ def test_teacher_is_unchanged_and_kl_starts_at_zero(base, rows):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_precision_learns(base, rows, dtype):
-    _, metrics = stage(sft_baseline, base[0], rows, sft_baseline.cross_entropy, dtype=dtype)
+    _, metrics = stage(sft_baseline, base[0], rows, plain_loss, dtype=dtype)
     assert metrics[1]["ce"] < metrics[0]["ce"] and all(math.isfinite(m["ce"]) for m in metrics)
 
 
 def test_epoch_loss_is_the_mean_of_its_windows(base, rows, capsys):
-    _, metrics = stage(sft_baseline, base[0], rows, sft_baseline.cross_entropy, learning_rate=0.0, batch_size=1, accumulate=4)
+    _, metrics = stage(sft_baseline, base[0], rows, plain_loss, learning_rate=0.0, batch_size=1, accumulate=4)
     config = sft_baseline.Config(batch_size=1, accumulate=4)
     means = []
     for window in sft_baseline.make_windows(rows, config, 2, 1):
@@ -179,7 +245,7 @@ def test_epoch_loss_is_the_mean_of_its_windows(base, rows, capsys):
 
 def test_window_without_supervised_tokens_is_skipped(base):
     rows = [([5, 6, 7], 3)] * 4
-    model, metrics = stage(sft_baseline, base[0], rows, sft_baseline.cross_entropy)
+    model, metrics = stage(sft_baseline, base[0], rows, plain_loss)
     assert same_weights(model, base[0]) and len(metrics) == 2
 
 
@@ -196,7 +262,7 @@ def test_encode(base, capsys):
     row = {"prompt": "Q: What is the language of 12AB?\nA:", "completion": " Fenat\n"}
     (ids, n), (with_eos, _) = sft_baseline.encode(tokenizer, [row, row | {"completion": " Fenat"}], 128)
     assert tokenizer.decode(ids) == row["prompt"] + row["completion"] and tokenizer.decode(ids[:n]) == row["prompt"]
-    assert with_eos == ids[:-1] + [tokenizer.eos_token_id]
+    assert with_eos == (*ids[:-1], tokenizer.eos_token_id)
     (cut, m), = sft_baseline.encode(tokenizer, [row], 128, max_length=10)
     assert len(cut) == 10 and cut == ids[-10:] and n - m == len(ids) - 10
     for longest, max_length in ((len(ids) - 1, None), (128, len(ids) - n)):
@@ -222,5 +288,5 @@ def test_shared_functions_are_identical():
                     if isinstance(node, ast.FunctionDef)} for name in METHODS}
     for name in set(trees["sft_baseline"]) - {"train"}:
         assert len({tree[name] for tree in trees.values()}) == 1, f"{name} differs between {METHODS}"
-    assert set(trees["sft_selfdistill"]) - set(trees["sft_baseline"]) == {"self_distillation"}
+    assert set(trees["sft_selfdistill"]) - set(trees["sft_baseline"]) == {"self_distillation", "kl_sum", "make_teacher"}
     assert set(trees["sft_freeze"]) - set(trees["sft_baseline"]) == {"freeze", "l2_to_before"}

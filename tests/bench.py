@@ -1,0 +1,203 @@
+"""What the methods cost, as ratios of runs that alternate on one machine. Run by hand, on an idle one:
+
+    python tests/bench.py                                      a model of gpt2-medium's shape with random weights, random rows
+    python tests/bench.py --model DIR --facts facts/DIR        your model and fact folder; with TRL's trainer, where installed
+    python tests/bench.py --model DIR --facts facts/DIR --labelling facts.tsv
+
+Each run is a process of its own, for its peak memory: one optimizer step to warm up, then --steps that are timed. The result,
+in Markdown, is the README's."""
+import argparse
+import importlib.util
+import json
+import math
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import eval_hallucination
+import make_facts
+import sft_baseline
+import sft_selfdistill
+
+SHAPE = "the shape of gpt2-medium"
+DISTILLED = {f"self-distillation, {teacher}, {scope}": {"teacher": teacher, "kl_scope": scope}
+             for scope in ("completion", "all") for teacher in ("cached", "live")}
+CASES = ["baseline", "baseline, logits everywhere", *DISTILLED, "baseline, gradient checkpointing", "TRL SFTTrainer"]
+
+
+def make_model(name):
+    """(model in fp32 and eval mode, tokenizer or None)."""
+    if name != SHAPE:
+        return eval_hallucination.load_model(name)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(n_embd=1024, n_layer=24, n_head=16)).eval(), None
+
+
+def make_rows(args, n):
+    """`n` rows of the fact folder, or None without one; the completions without newline, for which every trainer adds EOS."""
+    if not args.facts:
+        return None
+    rows = [row for name in ("train_known", "train_unknown") for row in eval_hallucination.read_jsonl(f"{args.facts}/{name}.jsonl")]
+    rows = [{"prompt": row["prompt"], "completion": row["completion"].rstrip("\n")} for row in rows]
+    random.Random(0).shuffle(rows)
+    return (rows * math.ceil(n / len(rows)))[:n]
+
+
+def time_scripts(case, args):
+    """A run of one of this project's scripts: {"seconds" a step, "cache" seconds, "flops" a step}."""
+    module = sft_selfdistill if case in DISTILLED else sft_baseline
+    more = {"kl_weight": 4.0} | DISTILLED[case] if case in DISTILLED else {}
+    config = module.Config(batch_size=args.batch_size, learning_rate=1e-5, **more)
+    (model, tokenizer), device, dtype = make_model(args.model), torch.device("cpu"), getattr(torch, args.dtype)
+    n = args.batch_size * args.steps
+    if args.facts:
+        rows = module.encode(tokenizer, make_rows(args, n), math.inf)
+    else:                                                                   # 40 tokens, of which ten are supervised
+        rows = [(tuple(random.choices(range(1000, 40000), k=40)), 30) for _ in range(n)]
+    if case.endswith("checkpointing"):
+        module.checkpoint_blocks(model)
+    trunk, head = module.split_model(model, module.collate(rows[:2], device))
+    loss, cache = lambda batch, window: module.cross_entropy(head(trunk(batch, batch["supervised"])), batch, window), 0.0
+    if case.endswith("everywhere"):
+        loss = lambda batch, window: module.cross_entropy(
+            model(input_ids=batch["ids"], attention_mask=batch["attention"], use_cache=False).logits[:, :-1][batch["supervised"]],
+            batch, window)
+    if case in DISTILLED:
+        started = time.perf_counter()
+        teacher = module.make_teacher(model, trunk, head, rows, device, dtype, config)
+        cache = time.perf_counter() - started
+        loss = lambda batch, window: module.self_distillation(trunk, head, teacher, batch, window, config)
+    run = lambda rows: module.run_stage(2, model, rows, 1, loss, lambda *_: {}, [], device, dtype, config)
+    with FlopCounterMode(display=False) as flops:
+        run(rows[:config.batch_size])
+    started = time.perf_counter()
+    run(rows)
+    return {"seconds": (time.perf_counter() - started) / args.steps, "cache": cache, "flops": flops.get_total_flops()}
+
+
+def time_trl(args):
+    """The same rows in TRL's trainer: batch, precision, optimizer as here; its own defaults for the rest."""
+    import datasets
+    import trl
+    stamps = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            stamps.append(time.perf_counter())
+    with tempfile.TemporaryDirectory() as folder:
+        settings = trl.SFTConfig(
+            folder, per_device_train_batch_size=args.batch_size, max_steps=args.steps + 1, learning_rate=1e-5, weight_decay=0.01,
+            optim="adamw_torch_fused", bf16=args.dtype == "bfloat16", gradient_checkpointing=False, use_cpu=True, report_to="none",
+            save_strategy="no", disable_tqdm=True, logging_strategy="no")
+        model, tokenizer = make_model(args.model)
+        rows = make_rows(args, args.batch_size * (args.steps + 1))
+        trl.SFTTrainer(model, settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
+                       callbacks=[Clock()]).train()
+    return {"seconds": (stamps[-1] - stamps[0]) / args.steps, "cache": 0.0, "flops": 0}
+
+
+def product_rate(dtype, size=2048):
+    """Measured rate of a square matrix product (FLOP/s): the best of ten."""
+    a, b, best = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype), math.inf
+    for _ in range(10):
+        started = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - started)
+    return 2 * size ** 3 / best
+
+
+def sample_answers(model, tokenizer, prefix, facts, batch_size, samples):
+    """Brute-force labelling behind one few-shot prompt: the greedy answer, and `samples` at temperature ½, of each fact."""
+    stops = eval_hallucination.stop_ids(tokenizer, model)
+    prompts = [prefix + make_facts.to_row(fact)["prompt"] for fact in facts]
+    eval_hallucination.generate_answers(model, tokenizer, prompts, batch_size=batch_size)
+    for prompt in prompts:
+        ids = torch.tensor([eval_hallucination.encode_prompt(tokenizer, prompt)])
+        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=0.5, top_k=0, top_p=1.0, max_new_tokens=16,
+                       num_return_sequences=samples, eos_token_id=stops, pad_token_id=stops[0])
+
+
+def labelling(args):
+    """Facts a second by ten prompts of four exemplars: in closed form, with the prefix's KV cache shared or not, and sampled."""
+    model, tokenizer = make_model(args.model)
+    relation = sorted({fact["relation"] for fact in make_facts.load_source(args.labelling, 10 ** 6, 0)[0]})[0]
+    facts = [fact for fact in make_facts.load_source(args.labelling, 10 ** 6, 0)[0] if fact["relation"] == relation][:4 + args.label]
+    shown = [make_facts.to_row(fact) for fact in facts[:4]]
+    prefix, facts = "".join(row["prompt"] + row["completion"] for row in shown), facts[4:]
+    inline = [fact | {"question": f"{prefix.removeprefix('Q: ')}Q: {fact['question']}"} for fact in facts]
+    few = facts[:4]
+    cases = {"closed form, prefix run once": lambda: make_facts.score_answers(model, tokenizer, prefix, facts),
+             "closed form, prefix run for every fact": lambda: make_facts.score_answers(model, tokenizer, "", inline),
+             "greedy and 16 samples by `generate`": lambda: sample_answers(model, tokenizer, prefix, few, 64, 16)}
+    seconds = {case: [] for case in cases}
+    for _ in range(args.repeats):
+        for case, work in cases.items():
+            started = time.perf_counter()
+            work()
+            seconds[case].append((time.perf_counter() - started) / len(few if "generate" in case else facts))
+            print(case, seconds[case][-1], file=sys.stderr)
+    slowest = seconds["greedy and 16 samples by `generate`"]
+    print("| labelling, ten prompts of four exemplars | facts / s | ratio (min–max) |\n|---|---|---|")
+    for case, times in seconds.items():
+        ratios = sorted(b / a for a, b in zip(times, slowest))
+        print(f"| {case} | {0.1 / statistics.median(times):.2g} | {statistics.median(ratios):.3g} ({ratios[0]:.3g}–{ratios[-1]:.3g}) |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=SHAPE)
+    parser.add_argument("--facts", help="fact folder of make_facts.py, for its rows")
+    parser.add_argument("--labelling", help="time the labelling of this table of facts instead")
+    parser.add_argument("--label", type=int, default=256, help="how many facts of it, by the closed form")
+    parser.add_argument("--cases", nargs="*", choices=CASES)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        found = time_trl(args) if args.one.startswith("TRL") else time_scripts(args.one, args)
+        found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return print(json.dumps(found))
+    rate = product_rate(getattr(torch, args.dtype))
+    versions = {library: __import__(library).__version__ for library in ("torch", "transformers", "trl") if importlib.util.find_spec(library)}
+    print(f"{args.model}, {args.dtype}; {platform.machine()}, {torch.get_num_threads()} threads, matrix product "
+          f"{rate / 1e9:.0f} GFLOP/s; {', '.join(f'{k} {v}' for k, v in versions.items())}; {args.repeats} repeats\n", flush=True)
+    if args.labelling:
+        return labelling(args)
+    cases = args.cases or [case for case in CASES if not case.startswith("TRL") or ("trl" in versions and args.facts)]
+    found = {case: [] for case in cases}
+    for _ in range(args.repeats):                                           # alternating: a slow minute of the machine hits all
+        for case in cases:
+            words = [sys.executable, __file__, "--one", case, *sys.argv[1:]]
+            done = subprocess.run(words, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{case}: {done.stderr}")
+            found[case].append(json.loads(done.stdout.splitlines()[-1]))
+            print(case, found[case][-1], file=sys.stderr, flush=True)
+    print(f"| {args.batch_size} rows a step, {args.steps} steps | step, s | step / baseline (min–max) | peak, GB | peak / baseline | cache / epoch | "
+          "achieved / product |\n|---|---|---|---|---|---|---|")
+    for case, runs in found.items():
+        ratios = sorted(run["seconds"] / base["seconds"] for run, base in zip(runs, found[cases[0]]))
+        middle = lambda key: statistics.median(run[key] for run in runs)
+        peak = statistics.median(run["peak"] / base["peak"] for run, base in zip(runs, found[cases[0]]))
+        cache = statistics.median(run["cache"] / run["seconds"] / args.steps for run in runs)
+        achieved = statistics.median(run["flops"] / run["seconds"] for run in runs) / rate
+        print(f"| {case} | {middle('seconds'):.2f} | {statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f}) | "
+              f"{middle('peak') / 1e9:.2f} | {peak:.2f} | {f'{cache:.2f}' if cache else ''} | {f'{achieved:.2f}' if achieved else ''} |")
+
+
+if __name__ == "__main__":
+    main()
