@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 METHOD = "selfdistill"
-CHUNK = 2 ** 24     # probabilities in memory at once, 64 MB in fp32
+CHUNK = 2 ** 25     # probabilities in memory at once, 128 MB in fp32
 option = lambda default, consequence, **more: field(default=default, metadata={"help": consequence, **more})
 
 

@@ -188,7 +188,8 @@ def test_readme_commands(workplace, world):
     from conftest import SMALL_WORLD
     blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
     assert len(blocks) >= 5 and "python sft_selfdistill.py\n" in "".join(blocks)
-    smaller = {"make_facts.py": [*SMALL_WORLD, "--n-new", "10", "--seed", "0", "--shots", "0"], "sft_": ["--epochs", "1"]}
+    smaller = {"make_facts.py": [*SMALL_WORLD, "--n-new", "10", "--seed", "0", "--shots", "0"], "sft_": ["--epochs", "1"],
+               "tests/bench.py": ["--model", "gpt2-medium", "--label", "8", "--steps", "1", "--repeats", "1", "--cases", "baseline"]}
     shutil.copytree(world.parent / ".facts-cache", workplace / "facts" / ".facts-cache")
     (workplace / "assets").mkdir()
     for name in ("gpt2-medium", "HuggingFaceTB/SmolLM2-135M-Instruct"):
@@ -214,4 +215,4 @@ def test_readme_commands(workplace, world):
         for line in said.stdout.splitlines():
             script, *words = line.removesuffix("\0").split("\0")
             words = ["0-1" if flag == "--layers" else word for flag, word in zip([""] + words, words)]   # there are three blocks
-            call(workplace, script.removesuffix(".py"), *words, *(w for name in smaller if script.startswith(name) for w in smaller[name]))
+            call(workplace, script.removesuffix(".py").replace("/", "."), *words, *(w for name in smaller if script.startswith(name) for w in smaller[name]))
