@@ -196,7 +196,7 @@ def split_model(model, batch):
     """(trunk, head): trunk(batch, mask) -> hidden states (N, d), after the final norm, of the N positions under `mask`
     (B, T-1); head(hidden) -> their logits (N, V). So no logits are made that enter no loss: a batch's can outweigh the model.
 
-    Where the two do not give, to 1e-5 of the largest, the logits that `model` itself gives for `batch` (soft-capping and
+    Where the two do not give, to 1e-3 of the largest, the logits that `model` itself gives for `batch` (soft-capping and
     scaling do that), the trunk gives those and the head passes them on."""
     inputs = lambda batch: {"input_ids": batch["ids"], "attention_mask": batch["attention"], "use_cache": False}
     trunk = lambda batch, mask: model.base_model(**inputs(batch)).last_hidden_state[:, :-1][mask]
@@ -204,7 +204,7 @@ def split_model(model, batch):
     head = model.get_output_embeddings()
     with torch.no_grad():
         own = whole(batch, batch["real"])
-        if head is not None and (head(trunk(batch, batch["real"])) - own).abs().max() <= 1e-5 * own.abs().max():
+        if head is not None and (head(trunk(batch, batch["real"])) - own).abs().max() <= 1e-3 * own.abs().max():
             return trunk, head
     print("note: no linear head on the last hidden states: logits are made for all positions; no cached teacher")
     return whole, torch.nn.Identity()

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, call, refused, rows_of, run
@@ -215,4 +216,4 @@ def test_readme_commands(workplace, world):
         for line in said.stdout.splitlines():
             script, *words = line.removesuffix("\0").split("\0")
             words = ["0-1" if flag == "--layers" else word for flag, word in zip([""] + words, words)]   # there are three blocks
-            call(workplace, script.removesuffix(".py").replace("/", "."), *words, *(w for name in smaller if script.startswith(name) for w in smaller[name]))
+            call(workplace, Path(script).stem, *words, *(w for name in smaller if script.startswith(name) for w in smaller[name]))
