@@ -70,7 +70,7 @@ class Config:   # each field is a flag; its consequence is the flag's line in --
     layers: str = option(None, "A-B: only blocks A to B, counted from 0, and nothing outside the blocks", shown="all")
     l2: float = option(None, "W: hold what is trainable to where stage 2 found it, instead of freezing", shown="off")
     # the machine
-    gradient_checkpointing: bool = option(False, "run every block again in the backward pass: less memory, a third slower")
+    gradient_checkpointing: bool = option(False, "run every block again in the backward pass: less memory, up to a third slower")
     device: str = option("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = option("auto", "autocast precision", choices=["auto", "float32", "bfloat16", "float16"])
 
@@ -196,7 +196,7 @@ def split_model(model, batch):
     """(trunk, head): trunk(batch, mask) -> hidden states (N, d), after the final norm, of the N positions under `mask`
     (B, T-1); head(hidden) -> their logits (N, V). So no logits are made that enter no loss: a batch's can outweigh the model.
 
-    Where the two do not give, to 1e-3 of the largest, the logits that `model` itself gives for `batch` (soft-capping and
+    Where the two do not give, to 1e-4 of the largest, the logits that `model` itself gives for `batch` (soft-capping and
     scaling do that), the trunk gives those and the head passes them on."""
     inputs = lambda batch: {"input_ids": batch["ids"], "attention_mask": batch["attention"], "use_cache": False}
     trunk = lambda batch, mask: model.base_model(**inputs(batch)).last_hidden_state[:, :-1][mask]
@@ -204,9 +204,9 @@ def split_model(model, batch):
     head = model.get_output_embeddings()
     with torch.no_grad():
         own = whole(batch, batch["real"])
-        if head is not None and (head(trunk(batch, batch["real"])) - own).abs().max() <= 1e-3 * own.abs().max():
+        if head is not None and (head(trunk(batch, batch["real"])) - own).abs().max() <= 1e-4 * own.abs().max():
             return trunk, head
-    print("note: no linear head on the last hidden states: logits are made for all positions; no cached teacher")
+    print("note: no linear head on the last hidden states: logits are made for all positions")
     return whole, torch.nn.Identity()
 
 

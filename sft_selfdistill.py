@@ -70,7 +70,7 @@ class Config:   # each field is a flag; its consequence is the flag's line in --
     kl_scope: str = option("all", "distilled positions: all, or the completion's", choices=["all", "completion"])
     teacher: str = option("cached", "its hidden states, made once; live: a second model", choices=["cached", "live"])
     # the machine
-    gradient_checkpointing: bool = option(False, "run every block again in the backward pass: less memory, a third slower")
+    gradient_checkpointing: bool = option(False, "run every block again in the backward pass: less memory, up to a third slower")
     device: str = option("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = option("auto", "autocast precision", choices=["auto", "float32", "bfloat16", "float16"])
 
@@ -196,7 +196,7 @@ def split_model(model, batch):
     """(trunk, head): trunk(batch, mask) -> hidden states (N, d), after the final norm, of the N positions under `mask`
     (B, T-1); head(hidden) -> their logits (N, V). So no logits are made that enter no loss: a batch's can outweigh the model.
 
-    Where the two do not give, to 1e-3 of the largest, the logits that `model` itself gives for `batch` (soft-capping and
+    Where the two do not give, to 1e-4 of the largest, the logits that `model` itself gives for `batch` (soft-capping and
     scaling do that), the trunk gives those and the head passes them on."""
     inputs = lambda batch: {"input_ids": batch["ids"], "attention_mask": batch["attention"], "use_cache": False}
     trunk = lambda batch, mask: model.base_model(**inputs(batch)).last_hidden_state[:, :-1][mask]
@@ -204,9 +204,9 @@ def split_model(model, batch):
     head = model.get_output_embeddings()
     with torch.no_grad():
         own = whole(batch, batch["real"])
-        if head is not None and (head(trunk(batch, batch["real"])) - own).abs().max() <= 1e-3 * own.abs().max():
+        if head is not None and (head(trunk(batch, batch["real"])) - own).abs().max() <= 1e-4 * own.abs().max():
             return trunk, head
-    print("note: no linear head on the last hidden states: logits are made for all positions; no cached teacher")
+    print("note: no linear head on the last hidden states: logits are made for all positions")
     return whole, torch.nn.Identity()
 
 
@@ -254,6 +254,7 @@ def make_teacher(model, trunk, head, rows, device, dtype, config):
     the distilled positions, kept on the CPU in the autocast dtype (2·d bytes a token in bf16), from which a copy of the
     head makes the logits. --teacher live is a second copy of the model instead, and its forward pass at every step."""
     if config.teacher == "live" or not isinstance(head, torch.nn.Linear):
+        print("teacher: a second copy of the model", flush=True)
         states, head_before = split_model(copy.deepcopy(model).requires_grad_(False), collate(rows[:2], device))
         return torch.no_grad()(states), head_before
     cached, scope = {}, "real" if config.kl_scope == "all" else "supervised"

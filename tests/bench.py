@@ -45,9 +45,7 @@ def make_model(name):
 
 
 def make_rows(args, n):
-    """`n` rows of the fact folder, or None without one; the completions without newline, for which every trainer adds EOS."""
-    if not args.facts:
-        return None
+    """`n` rows of the fact folder; the completions without newline, for which every trainer adds EOS."""
     rows = [row for name in ("train_known", "train_unknown") for row in eval_hallucination.read_jsonl(f"{args.facts}/{name}.jsonl")]
     rows = [{"prompt": row["prompt"], "completion": row["completion"].rstrip("\n")} for row in rows]
     random.Random(0).shuffle(rows)
@@ -64,7 +62,8 @@ def time_scripts(case, args):
     if args.facts:
         rows = module.encode(tokenizer, make_rows(args, n), math.inf)
     else:                                                                   # 40 tokens, of which ten are supervised
-        rows = [(tuple(random.choices(range(model.config.vocab_size), k=40)), 30) for _ in range(n)]
+        draw = random.Random(0)
+        rows = [(tuple(draw.choices(range(model.config.vocab_size), k=40)), 30) for _ in range(n)]
     if case.endswith("checkpointing"):
         module.checkpoint_blocks(model)
     trunk, head = module.split_model(model, module.collate(rows[:2], device))
@@ -81,17 +80,18 @@ def time_scripts(case, args):
     stamps = []
     clocked = lambda batch, window: stamps.append(time.perf_counter()) or loss(batch, window)
     run = lambda rows: module.run_stage(2, model, rows, 1, clocked, lambda *_: {}, [], device, dtype, config)
-    run(rows)                                                               # from loss to loss is a step; the first warms up
-    steps = [after - before for before, after in zip(stamps[1:], stamps[2:])]
+    run(rows)                                                               # from loss to loss is a step
     flops = FlopCounterMode(display=False)
     if case == "baseline":
         with flops:
             run(rows[:config.batch_size])
-    return {"seconds": time_of(steps, args), "cache": cache / (args.steps + 2), "flops": flops.get_total_flops()}
+    return {"seconds": time_of(stamps, args), "cache": cache / (args.steps + 2), "flops": flops.get_total_flops()}
 
 
-def time_of(steps, args):
-    """Seconds a step: real rows differ in length, so their mean; of equal steps the fastest, to which the machine added least."""
+def time_of(stamps, args):
+    """Seconds from stamp to stamp, a step each, the first of which warms up: real rows differ in length, so the mean; of equal
+    steps the fastest, to which the machine added least."""
+    steps = [after - before for before, after in zip(stamps[1:], stamps[2:])]
     return statistics.mean(steps) if args.facts else min(steps)
 
 
@@ -113,7 +113,7 @@ def time_trl(args):
         rows = make_rows(args, args.batch_size * (args.steps + 2))
         trl.SFTTrainer(model, settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
                        callbacks=[Clock()]).train()
-    return {"seconds": time_of([after - before for before, after in zip(stamps[1:], stamps[2:])], args), "cache": 0.0, "flops": 0}
+    return {"seconds": time_of(stamps, args), "cache": 0.0, "flops": 0}
 
 
 def product_rate(dtype, size=2048):
@@ -140,8 +140,9 @@ def sample_answers(model, tokenizer, prefix, facts, batch_size, samples):
 def labelling(args):
     """Facts a second by ten prompts of four exemplars: in closed form, with the prefix's KV cache shared or not, and sampled."""
     model, tokenizer = make_model(args.model)
-    relation = sorted({fact["relation"] for fact in make_facts.load_source(args.labelling, 10 ** 6, 0)[0]})[0]
-    facts = [fact for fact in make_facts.load_source(args.labelling, 10 ** 6, 0)[0] if fact["relation"] == relation][:4 + args.label]
+    facts, _ = make_facts.load_source(args.labelling, 10 ** 6, 0)
+    relation = min(fact["relation"] for fact in facts)
+    facts = [fact for fact in facts if fact["relation"] == relation][:4 + args.label]
     shown = [make_facts.to_row(fact) for fact in facts[:4]]
     prefix, facts = "".join(row["prompt"] + row["completion"] for row in shown), facts[4:]
     inline = [fact | {"question": f"{prefix.removeprefix('Q: ')}Q: {fact['question']}"} for fact in facts]

@@ -50,6 +50,14 @@ def window_of(batches):
     return {key: sum(int(b[key].sum()) for b in batches) for key in ("supervised", "real")}
 
 
+def plain_loss(script, model):
+    """The cross-entropy of `model` as the scripts put it together: loss_function(batch, window)."""
+    def loss_function(batch, window):
+        trunk, head = script.split_model(model, batch)
+        return script.cross_entropy(head(trunk(batch, batch["supervised"])), batch, window)
+    return loss_function
+
+
 def run(folder, *words, ok=True):
     """Run a script of this project in `folder` as a user would, in a process of its own; returns it, its output as text."""
     done = subprocess.run([sys.executable, *map(str, words)], cwd=folder, capture_output=True, text=True, encoding="utf-8",

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import call, refused, rows_of, window_of
+from conftest import call, plain_loss, refused, rows_of, window_of
 from transformers import (AutoModelForCausalLM, BloomConfig, Gemma2Config, Gemma3TextConfig, GemmaConfig, GPT2Config,
                           GPTNeoXConfig, LlamaConfig, MistralConfig, OPTConfig, Phi3Config, PhiConfig, Qwen2Config, Qwen3Config)
 
@@ -84,9 +84,7 @@ def test_frozen_weights_stay_bit_for_bit(base, rows):
     model = copy.deepcopy(base[0])
     sft_freeze.freeze(model, sft_freeze.Config(trainable="mlp", layers="1-2"))
     config = sft_freeze.Config(batch_size=4, learning_rate=1e-2, weight_decay=0.5)
-    trunk, head = sft_freeze.split_model(model, sft_freeze.collate(rows, "cpu"))
-    plain = lambda batch, window: sft_freeze.cross_entropy(head(trunk(batch, batch["supervised"])), batch, window)
-    sft_freeze.run_stage(2, model, rows, 2, plain, lambda stage, epoch: {}, [], torch.device("cpu"), torch.float32, config)
+    sft_freeze.run_stage(2, model, rows, 2, plain_loss(sft_freeze, model), lambda stage, epoch: {}, [], torch.device("cpu"), torch.float32, config)
     for (name, p), (_, q) in zip(model.named_parameters(), base[0].named_parameters(), strict=True):
         assert torch.equal(p, q) == (not (".mlp." in name and (".1." in name or ".2." in name))), name
 
@@ -106,9 +104,7 @@ def test_l2_counts_once_a_window(base, rows):
         window = window_of(batches)
         config.l2, logged = weight, 0.0
         for batch in batches:
-            trunk, head = sft_freeze.split_model(model, batch)
-            plain = sft_freeze.cross_entropy(head(trunk(batch, batch["supervised"])), batch, window)
-            loss, terms = sft_freeze.l2_to_before(plain, batch, window, model, start, config)
+            loss, terms = sft_freeze.l2_to_before(plain_loss(sft_freeze, model)(batch, window), batch, window, model, start, config)
             loss.backward()
             logged += terms["distance"]
         assert logged == pytest.approx(distance, rel=1e-5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ROOT, window_of
+from conftest import ROOT, plain_loss, window_of
 
 import sft_baseline
 import sft_selfdistill
@@ -23,14 +23,6 @@ def rows(base, world):
     for i, fact in enumerate(facts):
         fact["prompt"] = "Q: " * (i % 3) + fact["prompt"]
     return sft_baseline.encode(base[1], facts, 128)
-
-
-def plain_loss(script, model):
-    """The cross-entropy of `model` as the scripts put it together: loss_function(batch, window)."""
-    def loss_function(batch, window):
-        trunk, head = script.split_model(model, batch)
-        return script.cross_entropy(head(trunk(batch, batch["supervised"])), batch, window)
-    return loss_function
 
 
 def distil_loss(student, teacher, config):
@@ -119,9 +111,11 @@ def test_kl_is_finite_where_the_teacher_is_certain(student_teacher, rows):
 def test_chunks_and_cache_change_nothing(monkeypatch, student_teacher, rows, scope, direction):
     """In fp64: loss and gradient with a cached teacher and chunks of seven positions, and with a live one in a single chunk."""
     student, teacher = (copy.deepcopy(model).double() for model in student_teacher)
-    batch, found = sft_selfdistill.collate(rows, "cpu"), []
+    batch, found, sizes = sft_selfdistill.collate(rows, "cpu"), [], {"cached": [], "live": []}
+    kl_sum = sft_selfdistill.kl_sum
     for kind, chunk in (("cached", 7), ("live", 10 ** 6)):
         monkeypatch.setattr(sft_selfdistill, "CHUNK", chunk * student.config.vocab_size)
+        monkeypatch.setattr(sft_selfdistill, "kl_sum", lambda hidden, *more: sizes[kind].append(len(hidden)) or kl_sum(hidden, *more))
         config = distil_config(kl_scope=scope, kl_direction=direction, teacher=kind, batch_size=3)
         made = sft_selfdistill.make_teacher(teacher, *sft_selfdistill.split_model(teacher, batch), rows, torch.device("cpu"),
                                             torch.float64, config)
@@ -130,6 +124,8 @@ def test_chunks_and_cache_change_nothing(monkeypatch, student_teacher, rows, sco
         loss.backward()
         found.append((loss.item(), torch.cat([p.grad.flatten() for p in student.parameters()])))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-7) and torch.allclose(found[0][1], found[1][1], rtol=1e-5, atol=1e-9)
+    n = int(batch["real" if scope == "all" else "supervised"].sum())
+    assert sizes["live"] == [n] and max(sizes["cached"]) == 7 and sum(sizes["cached"]) == 2 * n     # chunks are made twice, the dense one once
 
 
 TINY = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -221,6 +217,22 @@ def test_teacher_is_unchanged_and_kl_starts_at_zero(base, rows):
     student, _ = stage(sft_selfdistill, base[0], rows, distil, weight_decay=0.5)
     assert same_weights(teacher, base[0]) and not same_weights(teacher, student)
     assert abs(seen[0]) < 1e-6 and min(seen[1:]) > 1e-6
+
+
+@pytest.mark.parametrize("kind", ["cached", "live"])
+def test_what_make_teacher_makes_does_not_learn(base, rows, kind):
+    batch, config, asked = sft_selfdistill.collate(rows, "cpu"), distil_config(teacher=kind, batch_size=3), []
+
+    def distil(script, model):
+        trunk, head = script.split_model(model, batch)
+        states, head_before = teacher = script.make_teacher(model, trunk, head, rows, torch.device("cpu"), torch.float32, config)
+        asked.extend([lambda: head_before(states(batch, batch["real"])), lambda: head(trunk(batch, batch["real"]))])
+        asked.extend(ask().detach().clone() for ask in asked[:])
+        return lambda batch, window: script.self_distillation(trunk, head, teacher, batch, window, config)
+    stage(sft_selfdistill, base[0], rows, distil)
+    teacher, student, teacher_before, student_before = asked
+    assert torch.equal(teacher(), teacher_before) and not torch.allclose(student(), student_before)
+    assert torch.allclose(teacher_before, student_before, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
