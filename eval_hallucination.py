@@ -17,7 +17,9 @@ import argparse
 import functools
 import hashlib
 import json
+import logging
 import math
+import os
 import re
 import statistics
 import string
@@ -104,7 +106,7 @@ def generate_answers(model, tokenizer, prompts, max_new_tokens=16, batch_size=64
     encoded = [encode_prompt(tokenizer, p)[-room:] for p in prompts]       # a prompt beyond the context loses its start
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     answers = [""] * len(prompts)
-    bar = tqdm(total=len(prompts), desc="answering", unit="fact", leave=False, disable=None)
+    bar = tqdm(total=len(prompts), desc="answering", unit="fact", leave=False, disable=os.environ.get("RANK", "0") != "0" or None)
     try:
         for start in range(0, len(order), batch_size):
             rows = order[start:start + batch_size]
@@ -132,11 +134,17 @@ def evaluate(model, tokenizer, rows, batch_size=64):
     """Score `model` on `rows` (dicts with `prompt` and `answers` or `completion`) by greedy decoding and exact match.
 
     Returns {"accuracy": float in 0..1 (nan without rows), "answers": list of str, "right": list of bool}.
-    `model` answers with whatever precision the caller's autocast sets; it should be in eval mode."""
+    `model` answers with whatever precision the caller's autocast sets; it should be in eval mode. Where several processes call
+    it together (torchrun), each answers a share of the rows and all return the same."""
+    import torch.distributed as dist
     if not rows:
         return {"accuracy": math.nan, "answers": [], "right": []}
     longest = max(len(tokenizer(" " + a)["input_ids"]) for row in rows for a in accepted_answers(row))
-    answers = generate_answers(model, tokenizer, [r["prompt"] for r in rows], longest + 2, batch_size)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    answers = generate_answers(model, tokenizer, [r["prompt"] for r in rows[rank::world]], longest + 2, batch_size)
+    if world > 1:
+        dist.all_gather_object(shares := [None] * world, answers)
+        answers = [shares[i % world][i // world] for i in range(len(rows))]
     right = [exact_match(a, accepted_answers(r)) for a, r in zip(answers, rows)]
     return {"accuracy": sum(right) / len(right), "answers": answers, "right": right}
 
@@ -166,23 +174,21 @@ def mcnemar(first, second):
 # --------------------------------------------------------------------------------------------------------- reading
 
 def read_jsonl(path, needed=()):
-    """Rows of a JSONL file. Ends the program, naming file and line, when a line is not an object with `needed`."""
+    """Rows of a JSONL file. Ends the program, naming file and line, when a line is not an object with `needed` and texts."""
+    rows, number, line = [], 0, b""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")   # not splitlines: U+2028 may stand in a row
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path}: cannot be read as UTF-8 text ({error})")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            fail(f"{path}:{number}: not JSON ({error}); each line must be one JSON object")
-        missing = [k for k in needed if not isinstance(row, dict) or k not in row]
-        if missing:
-            fail(f"{path}:{number}: no {' and no '.join(missing)} in {line[:80]!r}")
-        rows.append(row)
+        for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+            if line.strip():
+                row = json.loads(line)
+                if missing := [k for k in needed if k not in row]:
+                    raise ValueError(f"no {' and no '.join(missing)}")
+                if wrong := [k for k in ("prompt", "completion", "subject", "relation") if not isinstance(row.get(k) or "", str)]:
+                    raise ValueError(f"{' and '.join(wrong)}: no text")
+                rows.append(row)
+    except OSError as error:
+        fail(f"{path}: cannot be read ({error.strerror})")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        fail(f"{path}:{number}: {error} in {line[:80].decode(errors='replace')!r}; each line must be one JSON object in UTF-8")
     return rows
 
 
@@ -233,7 +239,7 @@ def setting(run):
     config = run["run"]["config"]
     folder = f"{config['facts']}/"             # a file of it, named by --known say, is the same one in each seed's folder
     config = {k: v.removeprefix(folder) if isinstance(v, str) else v for k, v in config.items()
-              if k not in ("seed", "facts", "out", "overwrite", "save_every_epoch", "device")}
+              if k not in ("seed", "facts", "out", "overwrite", "resume", "save_every_epoch", "device")}
     facts = {k: run["facts"].get(k) for k in ("source", "new", "n_new", "n_known", "overlap", "prompts", "shots", "samples", "world")}
     return json.dumps([run["run"]["method"], config, facts if run["facts"] else run["run"]["data"]], sort_keys=True)
 
@@ -584,16 +590,28 @@ def load_model(name, device="cpu"):
 
     Ends the program with one line when there is no such model, or when it is not a causal language model."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    import transformers
+    logging.getLogger("huggingface_hub").setLevel("ERROR")         # it reports each of its attempts
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)       # False: nor ask whether to
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, size = model.to(device).eval(), model.get_input_embeddings().weight.shape[0]
+        with torch.no_grad():
+            one, other = model(input_ids=torch.tensor([[1, 2], [1, 3]], device=device)).logits[:, 0]
+        wrong = {f"weights are missing: {list(report['missing_keys'])[:1]}": report["missing_keys"],
+                 "there is no tokenizer": set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens),
+                 f"its tokenizer has {len(tokenizer)} tokens, the model {size}": len(tokenizer) > size,
+                 "it is not causal: it looks ahead": (one - other).abs().max() > 1e-4 * one.abs().max()}
+        if any(wrong.values()):
+            raise ValueError("; ".join(what for what in wrong if wrong[what]))
+        return model, tokenizer
     except Exception as error:  # the library raises many kinds: for a missing file, a bad config, no network
-        fail(f"model {str(name)!r} cannot be loaded ({(str(error).strip() or repr(error)).splitlines()[0]}); give a "
-             "local folder with config.json, model.safetensors and a tokenizer, or a hub name and a network")
-    return model.to(device).eval(), tokenizer
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        fail(f"--model {name}: cannot be loaded ({reason}); give a local folder with config.json, model.safetensors and tokenizer, "
+             "or the name of a model on the hub, with a network, and with HF_TOKEN set if it is gated")
 
 
 def start_model(run):

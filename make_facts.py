@@ -28,6 +28,8 @@ import uuid
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from eval_hallucination import SETS, device_and_dtype, encode_prompt, fail, load_model, normalize, read_jsonl, stop_ids
 
 SAMPLING_TEMPERATURE = 0.5                     # SLiCK, section 3: samples are drawn at T = 0.5
@@ -513,13 +515,18 @@ def kept_labels(model, weights, tokenizer, facts, args, kept, dtype):
 def main(argv=None):
     """Make a fact folder from command-line words (list of str, default sys.argv); returns its path."""
     args = parse(argv)
+    try:
+        return make(args)
+    except (OSError, SafetensorError) as error:
+        fail(f"--out {args.out}: cannot be written ({error})")
+
+
+def make(args):
+    """Make the fact folder that `args` (of `parse`) describe; returns its path."""
     tiny, out = args.model == "tiny", args.out
     device, dtype = device_and_dtype(args.device, args.dtype)
     kept = out.parent / ".facts-cache"               # worlds and labels, shared by the fact folders beside each other
-    try:
-        kept.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out {out}: cannot be written ({error})")
+    kept.mkdir(parents=True, exist_ok=True)
     if tiny:
         facts, text = invent_world(args.n_names, args.n_codes, args.seed)
         base, dropped = kept_world(text, args, kept, device), 0

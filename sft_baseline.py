@@ -15,9 +15,11 @@ Your own rows of {"prompt": …, "completion": …}:      python sft_baseline.py
 The last line you should see:                         saved runs/baseline-tiny-0
 """
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -28,12 +30,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 METHOD = "baseline"
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))         # set by torchrun
 option = lambda default, consequence, **more: field(default=default, metadata={"help": consequence, **more})
 
 
@@ -46,7 +50,8 @@ class Config:   # each field is a flag; its consequence is the flag's line in --
     known: str = option(None, "JSONL of facts it knows, to train on; --train without it skips stage 1", shown="FACTS's")
     heldout: str = option(None, "JSONL of facts it knows, never trained on, to see what it forgets", shown="FACTS's")
     out: str = option(None, "run folder to write", shown=f"runs/{METHOD}-MODEL-SEED")
-    overwrite: bool = option(False, "replace the run folder if it exists")
+    overwrite: bool = option(False, "replace the run folder if it exists, or an interrupted run")
+    resume: bool = option(False, "go on with an interrupted run after its last epoch, if there is one")
     save_every_epoch: bool = option(False, "keep the weights after each epoch too, in folders of the run folder")
     no_unknown: bool = option(False, "stage 2 on known facts alone: a task learnt with nothing new")
     max_length: int = option(None, "cut prompts at their start to rows of so many tokens", least=2, shown="no cut")
@@ -70,6 +75,15 @@ def fail(message):
     """End the program with one line on stderr and exit status 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """One line where the block cannot write: a full disk, a read-only folder."""
+    try:
+        yield
+    except Exception as error:                                      # PyTorch and safetensors have kinds of their own
+        fail(f"{path}: cannot be written ({(str(error) or repr(error)).splitlines()[0]}); no finished epoch is lost, see --resume")
 
 
 def parse(argv=None):
@@ -97,6 +111,8 @@ def device_and_dtype(config):
     """(device, autocast dtype): half precision only where the hardware multiplies it fast; MPS stays in fp32."""
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        if WORLD > 1 and found == "cuda" and config.device != "cpu":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = torch.zeros(1, device=found if config.device == "auto" else config.device).device
     except Exception as error:                                      # many kinds, by device
         fail(f"--device {config.device}: {str(error).splitlines()[0]}")
@@ -109,28 +125,34 @@ def fact_files(config):
     """{"unknown", "known", "heldout"}: path or None. Calls make_facts.py where the fact folder is wanted and absent."""
     folder = Path(config.facts)
     if (config.train is None or config.model == "tiny") and not (folder / "meta.json").exists():
-        try:
-            import make_facts
-        except ModuleNotFoundError:
-            fail(f"--model {config.model} needs {folder}, or make_facts.py and eval_hallucination.py beside this script to "
-                 "make it; or name a model of your own with --model and your rows with --train")
+        if WORLD > 1 or not Path(__file__).with_name("make_facts.py").exists():
+            fail(f"--model {config.model} needs {folder}: make it first, with python make_facts.py --model {config.model} --out {folder}; "
+                 "or name a model of your own with --model and your rows with --train")
+        import make_facts
         make_facts.main(["--model", config.model, "--out", str(folder), "--device", config.device, "--dtype", config.dtype])
     files = {"unknown": (config.train, "train_unknown.jsonl"), "known": (config.known, "train_known.jsonl"),
              "heldout": (config.heldout, "heldout_known.jsonl")}
     return {key: own or (None if config.train else folder / name) for key, (own, name) in files.items()}
 
 
-def read_rows(path):
-    """The rows of a JSONL file, dicts with at least `prompt` and `completion`; [] for None."""
-    rows, number, line = [], 0, ""
+def read_rows(path, places):
+    """The rows of a JSONL file, dicts with at least `prompt` and `completion`; [] for None. places: {prompt: file and line} of
+    the rows of other files, to which these are added. Ends the program at a row that cannot be used."""
+    rows, place, line = [], path, b""
     try:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n") if path else [], 1):
+        for number, line in enumerate(Path(path).read_bytes().split(b"\n") if path else [], 1):
             if line.strip():
-                rows.append(json.loads(line))
-                if not all(rows[-1][key].strip() for key in ("prompt", "completion")):
+                place = f"{path}:{number}"
+                rows.append(row := json.loads(line))
+                texts = [row["prompt"], row["completion"], row.get("subject") or "", row.get("relation") or ""]
+                " ".join(texts).encode()                            # fails for what is no text
+                if not (texts[0].strip() and texts[1].strip()):
                     raise ValueError("nothing under prompt or under completion")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"{path}:{number}: {error!r} in {line[:60]!r}; wanted: objects with prompt and completion in UTF-8, one a line")
+                if texts[0] in places:
+                    raise ValueError(f"the prompt of {places[texts[0]]} again; a question stands once, other right answers under answers")
+                places[texts[0]] = place
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        fail(f"{place}: {error!r} in {line[:60].decode(errors='replace')!r}; wanted: objects with prompt and completion, one a line, in UTF-8")
     return rows if rows or not path else fail(f"{path}: empty; wanted: objects with prompt and completion, one a line")
 
 
@@ -138,22 +160,26 @@ def encode(tokenizer, rows, longest, max_length=None):
     """[(ids, n)]: token ids, a tuple, of each row's prompt + completion, of which the first n are the prompt's.
 
     They are encoded apart, as at test time, when there is no completion yet. The prompt gets BOS where the tokenizer
-    adds one; the completion gets EOS unless it ends in a newline, as one-line answers do. Ends the program on a row of
+    adds one; the completion gets EOS unless it ends in a newline, as one-line answers do. Ends the program on rows of
     more than `longest` tokens, the model's context, that `max_length` does not cut."""
-    encoded, bos, eos = [], tokenizer.bos_token, tokenizer.eos_token_id
+    encoded, long, bos, eos = [], [], tokenizer.bos_token, tokenizer.eos_token_id
     for row in rows:
         has_bos = bos is not None and row["prompt"].startswith(bos)         # as a rendered chat template may
         prompt = tokenizer(row["prompt"], add_special_tokens=not has_bos)["input_ids"]
         prompt = prompt[:-1] if len(prompt) > 1 and prompt[-1] == eos else prompt
         completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+        if not prompt or not completion:
+            fail(f"{row['prompt'][:40]!r}, {row['completion'][:40]!r}: the model's tokenizer makes no token of one of them; leave the row out")
         if not row["completion"].endswith("\n") and eos not in (None, *completion[-1:]):
             completion = completion + [eos]
         start, length = int(prompt[0] == tokenizer.bos_token_id), len(prompt) + len(completion)        # BOS is not cut
         excess = max(0, length - (max_length or length))
         if start + excess >= len(prompt) or length - excess > longest:
-            fail(f"{row['prompt'][:40]!r} with its completion has {length} tokens, the model reads {longest}; --max-length "
-                 f"(now {max_length}) cuts prompts at their start and must leave a token of them")
+            long.append((length, row["prompt"][:40]))
         encoded.append((tuple(prompt[:start] + prompt[start + excess:] + completion), len(prompt) - excess))
+    if long:
+        fail(f"{len(long)} of {len(rows)} rows are too long, the longest {max(long)[0]} tokens ({max(long)[1]!r}); the model reads {longest}; "
+             f"--max-length N (now {max_length}) cuts prompts at their start and must leave a token of them")
     return encoded
 
 
@@ -220,35 +246,69 @@ def get_lr(step, total, config):
     return config.learning_rate * (0.1 + 0.9 * cosine)
 
 
-def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device, dtype, config):
+def load_state(path, parts, run, device):
+    """Put the state that `run_stage` wrote to `path` into `parts`, {name: model, optimizer, …}; returns all of it. Ends the program
+    if its settings or data are not those of `run`, the dict of run.json: a run goes on as it began."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        if odd := [f"{part} {key} was {value}, is {run[part].get(key)}" for part in ("config", "data")
+                   for key, value in state["run"][part].items() if value != run[part].get(key) and key not in ("resume", "overwrite")]:
+            raise ValueError("; ".join(odd))
+        for key, part in parts.items():
+            part.load_state_dict(state[key])
+        return state
+    except Exception as error:                                      # many kinds, by what is broken
+        fail(f"--resume: {path} is not of this run ({(str(error) or repr(error)).splitlines()[0]}); --overwrite starts anew")
+
+
+def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device, dtype, config, folder=None, run=None):
     """Train `model` on `rows` (of `encode`), append a dict an epoch to `metrics`; returns the last score.
 
-    stage: 1 or 2; loss_function(batch, window) -> (loss, terms); score(stage, epoch) -> {set: result of `evaluate`}."""
+    stage: 1 or 2; loss_function(batch, window) -> (loss, terms); score(stage, epoch) -> {set: result of `evaluate`}.
+    After every epoch the state goes to `folder`, with `run`, and --resume starts from there. Nothing is random but the order of
+    the rows, a function of seed and epoch: so an interrupted run ends as any other."""
     # biases and norms, which are no matrices, are not decayed
     groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": config.weight_decay},
               {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)          # does nothing otherwise
     step, total, started = 0, epochs * math.ceil(len(rows) / (config.batch_size * config.accumulate)), time.time()
-    for epoch in range(1, epochs + 1):
+    path, parts, done = folder and folder / f"stage-{stage}.pt", {"model": model, "optimizer": optimizer, "scaler": scaler}, 0
+    if config.resume and path and path.exists():
+        state = load_state(path, parts, run, device)
+        done, step, metrics[:], scores = (state[key] for key in ("epoch", "step", "metrics", "scores"))
+        started -= metrics[-1]["seconds"]
+        print(f"stage {stage}: resumed after epoch {done}", flush=True)
+    for epoch in range(done + 1, epochs + 1):
         means, windows = {}, make_windows(rows, config, stage, epoch)
-        for window in tqdm(windows, f"stage {stage}, epoch {epoch} of {epochs}", unit="step", leave=False, disable=None):
-            batches = [collate(batch, device) for batch in window]
-            counts = {mask: sum(int(b[mask].sum()) for b in batches) for mask in ("supervised", "real")}
-            lr, step = get_lr(step, total, config), step + 1
+        for window in tqdm(windows, f"stage {stage}, epoch {epoch} of {epochs}", unit="step", leave=False, disable=RANK > 0 or None):
+            everyone = [row for batch in window for row in batch]   # the rows of all processes
+            counts = {"supervised": sum(len(ids) - n for ids, n in everyone), "real": sum(len(ids) - 1 for ids, _ in everyone)}
+            lr, step, sums = get_lr(step, total, config), step + 1, {}
             if counts["supervised"] == 0:                           # nothing to learn, and 0 / 0 would be NaN
                 continue
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            for batch in batches:
+            for batch in window:
+                mine = batch[RANK::WORLD]                           # a process without a row counts another's as 0
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss, terms = loss_function(batch, counts)
-                scaler.scale(loss).backward()                       # gradients add up over the window
-                means = {key: means.get(key, 0.0) + value / len(windows) for key, value in terms.items()}
+                    loss, terms = loss_function(collate(mine or batch[:1], device), counts)
+                scaler.scale(loss * bool(mine)).backward()          # gradients add up over the window, and over processes
+                sums = {key: sums.get(key, 0.0) + value * bool(mine) for key, value in terms.items()}
+            if WORLD > 1:                                           # sum over all processes, as over the window
+                logged = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
+                for part in [logged, *(p.grad for p in model.parameters() if p.grad is not None)]:
+                    dist.all_reduce(part)
+                sums = dict(zip(sums, logged.tolist()))
+            means = {key: means.get(key, 0.0) + value / len(windows) for key, value in sums.items()}
             if step == 1:
-                print(f"stage {stage}, step 1:", *(f"{k} {v * len(windows):.4f}" for k, v in means.items()), flush=True)
+                print(f"stage {stage}, step 1:", *(f"{key} {value:.4f}" for key, value in sums.items()), flush=True)
             scaler.unscale_(optimizer)                              # clip the gradient itself, not the scaled one
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            # beyond fp16's range the scaler skips the step and halves its scale (1 where there is no scaler)
+            if not (math.isfinite(sum(sums.values())) and (norm.isfinite() or scaler.get_scale() > 1)):
+                fail(f"stage {stage}, step {step}: {sums} with gradient norm {norm:.3g} is not finite; learning rate {lr:.3g}, training "
+                     f"rows {sorted({rows.index(row) + 1 for row in everyone})} (known ones first); lower the rate or mend the rows")
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -257,21 +317,38 @@ def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device,
         seconds = round(time.time() - started, 1)
         print(f"stage {stage}, epoch {epoch}:", *(f"{k} {v:.4f}" for k, v in means.items()), f"({seconds:.0f} s)", flush=True)
         metrics.append({"stage": stage, "epoch": epoch, "step": step, "learning_rate": lr, **means, "seconds": seconds})
+        if path and RANK == 0:
+            with writing(path):                                     # all or nothing: killed here, a run has its last state
+                torch.save({key: part.state_dict() for key, part in parts.items()} | {
+                    "epoch": epoch, "step": step, "metrics": metrics, "scores": scores, "run": run}, path.with_suffix(".tmp"))
+                os.replace(path.with_suffix(".tmp"), path)
     return scores
 
 
 def load_model(name, device):
     """(model, tokenizer), the weights in fp32 whatever the checkpoint holds: small steps would vanish in bf16 weights."""
+    logging.getLogger("huggingface_hub").setLevel("ERROR")          # it reports each of its attempts
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)       # False: nor ask whether to
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         # eval: no dropout, in training either; it would add noise to every difference that is measured here
-        return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(name)
+        model, size = model.to(device).eval(), model.get_input_embeddings().weight.shape[0]
+        with torch.no_grad():
+            one, other = model(input_ids=torch.tensor([[1, 2], [1, 3]], device=device)).logits[:, 0]
+        wrong = {f"weights are missing: {list(report['missing_keys'])[:1]}": report["missing_keys"],
+                 "there is no tokenizer": set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens),
+                 f"its tokenizer has {len(tokenizer)} tokens, the model {size}": len(tokenizer) > size,
+                 "it is not causal: it looks ahead": (one - other).abs().max() > 1e-4 * one.abs().max()}
+        if any(wrong.values()):
+            raise ValueError("; ".join(what for what in wrong if wrong[what]))
+        return model, tokenizer
     except Exception as error:                  # the library raises many kinds: no file, bad config, no network
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        fail(f"--model {name}: cannot be loaded ({reason}); give a local folder with config.json, model.safetensors and "
-             "tokenizer, or the name of a model on the hub and a network")
+        fail(f"--model {name}: cannot be loaded ({reason}); give a local folder with config.json, model.safetensors and tokenizer, "
+             "or the name of a model on the hub, with a network, and with HF_TOKEN set if it is gated")
 
 
 def checkpoint_blocks(model):
@@ -285,12 +362,24 @@ def checkpoint_blocks(model):
 def train(config):
     """Both stages; saves the run and returns its metrics, a dict an epoch as in metrics.jsonl."""
     out = Path(config.out)
+    temporary = out.with_name(f".{out.name}.part")                  # renamed at the end: a run is there whole or not at all
+    interrupted = any(temporary.glob("stage-?.pt"))
+    if config.resume and out.exists() and not interrupted:
+        return print(f"{out} is complete: nothing to resume")
     if out.exists() and not (config.overwrite and (out / "run.json").exists()):
         fail(f"--out {out}: exists already; --overwrite replaces it if it is a run folder")
+    if interrupted and not (config.overwrite or config.resume):
+        fail(f"--out {out}: was interrupted; --resume goes on with it, --overwrite starts anew")
     device, dtype = device_and_dtype(config)
+    if WORLD > 1:
+        dist.init_process_group()
     print(*(f"{key} = {value}" for key, value in asdict(config).items()), sep="\n", flush=True)
     files = fact_files(config)
-    sets = {key: read_rows(path) for key, path in files.items()}
+    places = {}
+    sets = {key: read_rows(path, places) for key, path in files.items()}
+    trained = {row.get("subject") for key in ("unknown", "known") for row in sets[key]} - {None, ""}
+    if shared := [row["subject"] for row in sets["heldout"] if row.get("subject") in trained]:
+        fail(f"{files['heldout']}: {len(shared)} held-out facts are about subjects that are trained on, first {shared[0]!r}; leave them out")
     model, tokenizer = load_model(Path(config.facts) / "base" if config.model == "tiny" else config.model, device)
     if config.gradient_checkpointing:
         checkpoint_blocks(model)
@@ -300,11 +389,14 @@ def train(config):
         fail("--no-unknown: no known facts to train on; name some with --known")
     trunk, head = split_model(model, collate(mixture[:2], device))
     plain = lambda batch, window: cross_entropy(head(trunk(batch, batch["supervised"])), batch, window)
-    temporary = out.with_name(f".{out.name}.part-{os.getpid()}")    # renamed at the end: a run is there whole or not at all
-    try:
-        model.generation_config.save_pretrained(temporary)          # may be invalid: better known now than after training
-    except (OSError, ValueError) as error:
-        fail(f"--out {out}: cannot be written ({str(error).splitlines()[0]})")
+    run = {"method": METHOD, "config": asdict(config), "device": str(device), "dtype": str(dtype), "processes": WORLD,
+           "versions": {library.__name__: str(library.__version__) for library in (torch, transformers, np)},
+           "data": {key: hashlib.sha256(json.dumps(rows).encode()).hexdigest() for key, rows in sets.items() if rows}}
+    if RANK == 0:
+        with writing(f"--out {out}"):
+            if not config.resume:
+                shutil.rmtree(temporary, ignore_errors=True)
+            model.generation_config.save_pretrained(temporary)      # may be invalid: better known now than after training
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}, autocast {dtype}",
           *(f"{len(rows)} {key} rows" for key, rows in sets.items()),
           f"{sum(len(ids) for ids, _ in mixture):,} tokens an epoch", sep=", ", flush=True)
@@ -315,9 +407,10 @@ def train(config):
         evaluator = None
 
     def score(stage, epoch):                    # of each set, before stage 2 and after every epoch
-        if config.save_every_epoch:
-            for part in (model, tokenizer):
-                part.save_pretrained(temporary / f"stage-{stage}-epoch-{epoch}")
+        if config.save_every_epoch and RANK == 0:
+            with writing(f"--out {out}"):
+                for part in (model, tokenizer):
+                    part.save_pretrained(temporary / f"stage-{stage}-epoch-{epoch}")
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return {key: evaluator.evaluate(model, tokenizer, rows, 4 * config.batch_size) for key, rows in sets.items()
                     if rows and evaluator}
@@ -325,28 +418,32 @@ def train(config):
     # Stage 1: the form of the task, from facts that the model knows. The result is the model before.
     metrics = []                                # a dict an epoch
     if known and config.format_epochs:
-        before = run_stage(1, model, known, config.format_epochs, plain, score, metrics, device, dtype, config)
+        before = run_stage(1, model, known, config.format_epochs, plain, score, metrics, device, dtype, config, temporary, run)
     else:
         print("stage 1 skipped: no known facts to train on, or --format-epochs 0")
         before = score(2, 0)
     metrics.append({"stage": 2, "epoch": 0, **{key: s["accuracy"] for key, s in before.items()}})
 
     # Stage 2: known and new facts together (--no-unknown: known ones alone).
-    after = run_stage(2, model, mixture, config.epochs, plain, score, metrics, device, dtype, config)
+    after = run_stage(2, model, mixture, config.epochs, plain, score, metrics, device, dtype, config, temporary, run)
 
-    run = {"method": METHOD, "config": asdict(config), "device": str(device), "dtype": str(dtype),
-           "versions": {library.__name__: library.__version__ for library in (torch, transformers, np)},
-           "data": {key: hashlib.sha256(json.dumps(rows).encode()).hexdigest() for key, rows in sets.items() if rows}}
+    if WORLD > 1:
+        dist.destroy_process_group()
+    if RANK > 0:                                # one process writes
+        return metrics
     old, new = (scores.get("heldout", {"answers": [], "right": []}) for scores in (before, after))
     answers = [{**row, "before": a, "right_before": b, "after": c, "right_after": d} for row, a, b, c, d in zip(
         sets["heldout"], old["answers"], old["right"], new["answers"], new["right"])]       # a dict a held-out fact
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    for name, rows in (("metrics.jsonl", metrics), ("answers.jsonl", answers), ("run.json", [run])):
-        (temporary / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    if config.overwrite:
-        shutil.rmtree(out, ignore_errors=True)
-    os.replace(temporary, out)
+    with writing(f"--out {out}"):
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        for name, rows in (("metrics.jsonl", metrics), ("answers.jsonl", answers), ("run.json", [run])):
+            (temporary / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        if config.overwrite:
+            shutil.rmtree(out, ignore_errors=True)
+        os.replace(temporary, out)
+        for state in out.glob("stage-?.*"):
+            state.unlink()
     if evaluator:
         evaluator.show(evaluator.compare([evaluator.read_run(out)]))
     print(f"saved {out}")
@@ -355,4 +452,9 @@ def train(config):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(encoding="utf-8")    # for λ and → where output goes to a file on Windows
-    train(parse())
+    sys.stdout = open(os.devnull, "w") if RANK > 0 else sys.stdout  # one process speaks
+    try:
+        train(parse())
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on after the last finished epoch", file=sys.stderr)
+        raise SystemExit(130)

@@ -1,4 +1,4 @@
-"""The scripts as users run them: end to end, alone in an empty folder, from a hub cache, with wrong input; the README."""
+"""The scripts as users run them: end to end, alone in an empty folder, from a hub cache; the README."""
 import importlib.util
 import json
 import re
@@ -127,52 +127,6 @@ def test_labels_and_worlds_are_kept(workplace, world):
     assert {r["kind"] for r in rows_of(workplace / "facts/tiny-uuid/train_unknown.jsonl")} == {"code"}
 
 
-BAD_ROWS = {"empty.jsonl": "", "words.jsonl": "{not json}\n", "list.jsonl": "[1]\n", "columns.jsonl": '{"prompt": "Q"}\n',
-            "types.jsonl": '\n{"prompt": "Q", "completion": 3}\n', "latin.jsonl": b'{"prompt": "K\xf6ln", "completion": " x"}\n'}
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("words, named", [
-    (["--model", "no-such-model"], "no-such-model"), (["--model", "facts"], "facts"), (["--train", "absent.jsonl"], "absent.jsonl"),
-    *((["--train", name], name) for name in BAD_ROWS), (["--train", "types.jsonl"], "types.jsonl:2"),
-    (["--epochs", "0"], "--epochs 0"), (["--epochs", "two"], "two"),
-    (["--learning-rate", "nan"], "--learning-rate nan"), (["--no-such-flag"], "--no-such-flag"), (["--device", "abacus"], "abacus"),
-    (["--max-length", "2"], "--max-length"), (["--dtype", "int4"], "int4")])
-def test_bad_input_of_the_methods(workplace, method, words, named):
-    for name, text in BAD_ROWS.items():
-        (workplace / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    if words[0] == "--model":
-        words = [*words, "--train", "facts/tiny/train_known.jsonl"]
-    assert named in refused(workplace, method, *words, "--out", "runs/x")
-    assert not (workplace / "runs").exists()
-
-
-@pytest.mark.parametrize("script, words, named", [
-    ("make_facts", ["--out", "facts/tiny"], "--overwrite"), ("make_facts", ["--new", "old"], "old"),
-    ("make_facts", ["--n-new", "0"], "--n-new 0"), ("make_facts", ["--model", "BASE", "--source", "absent.tsv"], "absent.tsv"),
-    ("make_facts", ["--model", "BASE", "--source", "bad.csv"], "no column object"),
-    ("make_facts", ["--model", "BASE", "--source", "bad.txt"], "bad.txt"),
-    ("make_facts", ["--model", "no-such-model", "--source", "good.csv"], "no-such-model"),
-    ("make_facts", ["--model", "BASE", "--source", "good.csv", "--shots", "0"], "HighlyKnown 0"),
-    ("eval_hallucination", [], "--model"), ("eval_hallucination", ["facts"], "run.json"),
-    ("eval_hallucination", ["--model", "BASE"], "--facts"), ("eval_hallucination", ["--model", "x", "--facts", "facts/tiny"], "'x'"),
-    ("eval_hallucination", ["--model", "BASE", "--facts", "absent"], "absent")])
-def test_bad_input_of_the_others(workplace, script, words, named):
-    (workplace / "bad.csv").write_text("relation,subject,question\na,b,c\n")
-    (workplace / "bad.txt").write_text("relation\n")
-    (workplace / "good.csv").write_text("relation,subject,object,question\n" + "".join(f"r,s{i},o{i},Who is s{i}?\n" for i in range(30)))
-    shutil.copytree(workplace / "facts/tiny/base", workplace / "base")
-    words = ["base" if w == "BASE" else w for w in words]
-    before = sorted(workplace.rglob("*"))
-    assert named in refused(workplace, script, *words)
-    assert [p for p in sorted(workplace.rglob("*")) if ".facts-cache" not in p.parts and p not in before] == []
-
-
-def test_a_refusal_is_one_line_without_traceback(workplace):
-    done = run(workplace, "sft_selfdistill.py", "--train", "absent.jsonl", "--model", "facts/tiny/base", ok=False)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: absent.jsonl")
-
-
 @pytest.mark.parametrize("script, shown", [
     *((method, ["0.0004, 5e-05", "60, 8", "64, 32", "runs/", "(default: auto)", "(default: 1.0)"]) for method in METHODS),
     ("sft_selfdistill", ["12.0, 4.0"]), ("make_facts", ["400 for tiny", "minutes on a GPU"]), ("eval_hallucination", ["default: 64"])])
@@ -206,7 +160,7 @@ def test_readme_commands(workplace, world):
     (popqa / "test.tsv").write_text(table, encoding="utf-8")
     (workplace / "my.jsonl").write_text('{"prompt": "Q: Who made Ulm?\\nA:", "completion": " Ulm\\n"}\n', encoding="utf-8")
     # the shell expands loops, variables and patterns, and says which commands it would run
-    say = 'python() { printf "%s\\0" "$@"; printf "\\n"; }; pip() { :; }; pytest() { :; }; '
+    say = 'python() { printf "%s\\0" "$@"; printf "\\n"; }; pip() { :; }; pytest() { :; }; torchrun() { shift; python "$@"; }; '
     for block in blocks:
         block = re.sub(r'(for \w+ in) ("[^"]*"|\S+)[^;\n]*;', r"\1 \2;", block)          # loops: the first round
         if not PICTURES:

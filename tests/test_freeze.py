@@ -77,7 +77,7 @@ def test_refusals(architecture, settings, named, capsys):
 
 @pytest.fixture
 def rows(base, world):
-    return sft_freeze.encode(base[1], sft_freeze.read_rows(world / "train_known.jsonl")[:8], 128)
+    return sft_freeze.encode(base[1], sft_freeze.read_rows(world / "train_known.jsonl", {})[:8], 128)
 
 
 def test_frozen_weights_stay_bit_for_bit(base, rows):
@@ -130,7 +130,7 @@ def test_no_unknown(workplace):
     """Stage 2 on known facts alone: only their tokens are counted, and the new facts are scored but not learnt."""
     for method in ("sft_baseline", "sft_freeze"):
         done = call(workplace, method, "--epochs", 2, "--no-unknown", "--out", method)
-        known = sft_baseline.read_rows(workplace / "facts/tiny/train_known.jsonl")
+        known = sft_baseline.read_rows(workplace / "facts/tiny/train_known.jsonl", {})
         tokenizer = sft_baseline.load_model(workplace / "facts/tiny/base", "cpu")[1]
         tokens = sum(len(ids) for ids, _ in sft_baseline.encode(tokenizer, known, 128))
         assert f"{tokens:,} tokens an epoch" in done.stdout and "advice" not in done.stdout

@@ -19,7 +19,7 @@ METHODS = ["sft_baseline", "sft_selfdistill", "sft_freeze"]
 @pytest.fixture
 def rows(base, world):
     """Encoded rows of unequal lengths."""
-    facts = sft_baseline.read_rows(world / "train_known.jsonl")[:8]
+    facts = sft_baseline.read_rows(world / "train_known.jsonl", {})[:8]
     for i, fact in enumerate(facts):
         fact["prompt"] = "Q: " * (i % 3) + fact["prompt"]
     return sft_baseline.encode(base[1], facts, 128)
