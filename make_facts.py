@@ -163,6 +163,8 @@ def load_source(source, max_facts, seed):
             splits = datasets.load_dataset(str(source))
         table = datasets.concatenate_datasets(list(splits.values()))
     except Exception as error:  # many kinds: no such file, no network, a malformed line
+        while error.__cause__:                 # the first of them knows the line
+            error = error.__cause__
         fail(f"--source {source}: cannot be loaded ({(str(error).strip() or repr(error)).splitlines()[0]}); give a TSV, "
              "CSV, JSONL or Parquet file with columns relation, subject, object, question")
     popqa = {"prop": "relation", "subj": "subject", "obj": "object", "possible_answers": "aliases"}
@@ -468,7 +470,7 @@ def parse(argv=None):
               "n_names": (1, 3000), "n_codes": (0, 30000)}          # so many names and codes are surely distinct
     for name, (least, most) in ranges.items():
         if not least <= getattr(args, name) <= most:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be between {least} and {most}")
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}" + f" and at most {most}" * (most < math.inf))
     if args.overlap < 2 and args.new != "semantic":
         fail(f"--overlap {args.overlap}: only names can share words with real ones; give --new semantic")
     if args.width % 4:

@@ -112,7 +112,7 @@ def parse(argv=None):
             setattr(config, f.name, f.metadata["tiny" if config.model == "tiny" else "real"])
         value, least, most = getattr(config, f.name), f.metadata.get("least", 0), f.metadata.get("most", sys.maxsize)
         if isinstance(value, (int, float)) and not least <= value <= most:
-            fail(f"--{f.name.replace('_', '-')} {value}: must be between {least} and {most}")
+            fail(f"--{f.name.replace('_', '-')} {value}: must be at least {least}" + f" and at most {most}" * (most < sys.maxsize))
     return config
 
 
@@ -145,32 +145,32 @@ def fact_files(config):
 
 
 def read_rows(path, places):
-    """The rows of a JSONL file, dicts with at least `prompt` and `completion`; [] for None. places: {prompt: file and line} of
-    the rows of other files, to which these are added. Ends the program at a row that cannot be used."""
+    """The rows of a JSONL file, dicts with at least `prompt` and `completion`; [] for None. places: {prompt: "file:line"} of the
+    rows of other files, to which these are added. Ends the program at a row that cannot be used."""
     rows, place, line = [], path, b""
     try:
         for number, line in enumerate(Path(path).read_bytes().split(b"\n") if path else [], 1):
             if line.strip():
                 place = f"{path}:{number}"
                 rows.append(row := json.loads(line))
-                texts = [row["prompt"], row["completion"], row.get("subject") or "", row.get("relation") or ""]
-                " ".join(texts).encode()                            # fails for what is no text
-                if not (texts[0].strip() and texts[1].strip()):
-                    raise ValueError("nothing under prompt or under completion")
+                texts = [row.get(key) or "" for key in ("prompt", "completion", "subject", "relation")] if isinstance(row, dict) else [""]
+                if not all(isinstance(text, str) for text in texts) or not all(text.strip() for text in texts[:2]):
+                    raise ValueError("no object with text under prompt and completion (and under subject and relation, if any)")
+                " ".join(texts).encode()                            # fails for halves of characters
                 if texts[0] in places:
-                    raise ValueError(f"the prompt of {places[texts[0]]} again; a question stands once, other right answers under answers")
+                    raise ValueError(f"the prompt of {places[texts[0]]} again; a question stands once, other right answers under answers;")
                 places[texts[0]] = place
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{place}: {error!r} in {line[:60].decode(errors='replace')!r}; wanted: objects with prompt and completion, one a line, in UTF-8")
+    except (OSError, ValueError, RecursionError) as error:
+        fail(f"{place}: {error} in {line[:60].decode(errors='replace')!r}; wanted: objects with prompt and completion, one a line, in UTF-8")
     return rows if rows or not path else fail(f"{path}: empty; wanted: objects with prompt and completion, one a line")
 
 
-def encode(tokenizer, rows, longest, max_length=None):
+def encode(tokenizer, rows, longest, max_length=None, places={}):
     """[(ids, n)]: token ids, a tuple, of each row's prompt + completion, of which the first n are the prompt's.
 
     They are encoded apart, as at test time, when there is no completion yet. The prompt gets BOS where the tokenizer
     adds one; the completion gets EOS unless it ends in a newline, as one-line answers do. Ends the program on rows of
-    more than `longest` tokens, the model's context, that `max_length` does not cut."""
+    more than `longest` tokens, the model's context, that `max_length` does not cut. places: as in `read_rows`."""
     encoded, long, bos, eos = [], [], tokenizer.bos_token, tokenizer.eos_token_id
     for row in rows:
         has_bos = bos is not None and row["prompt"].startswith(bos)         # as a rendered chat template may
@@ -178,16 +178,16 @@ def encode(tokenizer, rows, longest, max_length=None):
         prompt = prompt[:-1] if len(prompt) > 1 and prompt[-1] == eos else prompt
         completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
         if not prompt or not completion:
-            fail(f"{row['prompt'][:40]!r}, {row['completion'][:40]!r}: the model's tokenizer makes no token of one of them; leave the row out")
+            fail(f"{places.get(row['prompt'])}: {row['prompt'][:40]!r} or {row['completion'][:40]!r} has no token for this model; leave it out")
         if not row["completion"].endswith("\n") and eos not in (None, *completion[-1:]):
             completion = completion + [eos]
         start, length = int(prompt[0] == tokenizer.bos_token_id), len(prompt) + len(completion)        # BOS is not cut
         excess = max(0, length - (max_length or length))
         if start + excess >= len(prompt) or length - excess > longest:
-            long.append((length, row["prompt"][:40]))
+            long.append((length, places.get(row["prompt"])))
         encoded.append((tuple(prompt[:start] + prompt[start + excess:] + completion), len(prompt) - excess))
     if long:
-        fail(f"{len(long)} of {len(rows)} rows are too long, the longest {max(long)[0]} tokens ({max(long)[1]!r}); the model reads {longest}; "
+        fail(f"{len(long)} of {len(rows)} rows are too long, {max(long)[1]} the longest with {max(long)[0]} tokens; the model reads {longest}; "
              f"--max-length N (now {max_length}) cuts prompts at their start and must leave a token of them")
     return encoded
 
@@ -317,7 +317,7 @@ def load_state(path, parts, run, device):
             part.load_state_dict(state[key])
         return state
     except Exception as error:                                      # many kinds, by what is broken
-        fail(f"--resume: {path} is not of this run ({(str(error) or repr(error)).splitlines()[0]}); --overwrite starts anew")
+        fail(f"--resume: {path} is not of this run ({' '.join((str(error) or repr(error)).split())[:300]}); --overwrite starts anew")
 
 
 def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device, dtype, config, folder=None, run=None):
@@ -366,8 +366,8 @@ def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device,
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             # beyond fp16's range the scaler skips the step and halves its scale (1 where there is no scaler)
             if not (math.isfinite(sum(sums.values())) and (norm.isfinite() or scaler.get_scale() > 1)):
-                fail(f"stage {stage}, step {step}: {sums} with gradient norm {norm:.3g} is not finite; learning rate {lr:.3g}, training "
-                     f"rows {sorted({rows.index(row) + 1 for row in everyone})} (known ones first); lower the rate or mend the rows")
+                fail(f"stage {stage}, epoch {epoch}, step {step}: loss {sums} or gradient norm {norm:.3g} is not finite; learning rate {lr:.3g}, "
+                     f"training rows {sorted({rows.index(row) + 1 for row in everyone})} (known ones first); lower the rate or mend the rows")
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -378,8 +378,9 @@ def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device,
         metrics.append({"stage": stage, "epoch": epoch, "step": step, "learning_rate": lr, **means, "seconds": seconds})
         if path and RANK == 0:
             with writing(path):                                     # all or nothing: killed here, a run has its last state
-                torch.save({key: part.state_dict() for key, part in parts.items()} | {
-                    "epoch": epoch, "step": step, "metrics": metrics, "scores": scores, "run": run}, path.with_suffix(".tmp"))
+                with open(path.with_suffix(".tmp"), "wb") as file:
+                    torch.save({key: part.state_dict() for key, part in parts.items()} | {
+                        "epoch": epoch, "step": step, "metrics": metrics, "scores": scores, "run": run}, file)
                 os.replace(path.with_suffix(".tmp"), path)
     return scores
 
@@ -443,7 +444,7 @@ def train(config):
     if config.gradient_checkpointing:
         checkpoint_blocks(model)
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
-    known, unknown = (encode(tokenizer, sets[key], context, config.max_length) for key in ("known", "unknown"))
+    known, unknown = (encode(tokenizer, sets[key], context, config.max_length, places) for key in ("known", "unknown"))
     if not (mixture := known if config.no_unknown else known + unknown):
         fail("--no-unknown: no known facts to train on; name some with --known")
     trunk, head = split_model(model, collate(mixture[:2], device))

@@ -36,7 +36,7 @@ def die(patch, module, moment, n):
             return real(*args)
         if moment == "write":
             real(*args)
-            os.truncate(args[1], os.path.getsize(args[1]) // 2)
+            args[1].truncate(args[1].tell() // 2)
         raise Killed
     patch.setattr(owner, name, counted)
 
@@ -79,9 +79,9 @@ def test_sigkill_in_a_write(workplace):
     whole = ended(workplace / "x")
     shutil.rmtree(workplace / "x")
     killed = ("import os, torch, sft_selfdistill as s; real, n = torch.save, []\n"
-              "def save(state, path):\n"
-              "    real(state, path); n.append(0)\n"
-              "    if len(n) == 4: os.truncate(path, 9999); os.kill(os.getpid(), 9)\n"
+              "def save(state, file):\n"
+              "    real(state, file); n.append(0)\n"
+              "    if len(n) == 4: file.truncate(9999); os.kill(os.getpid(), 9)\n"
               f"torch.save = save; s.train(s.parse({words}))")
     assert subprocess.run([sys.executable, "-c", killed], cwd=workplace, capture_output=True).returncode == -signal.SIGKILL
     assert "stage 2: resumed after epoch 1" in run(workplace, "sft_selfdistill.py", *words, "--resume").stdout
@@ -154,7 +154,7 @@ def test_overwrite_starts_anew(interrupted):
 def test_full_disk(interrupted):
     """No room for a state: one line, and with room again the run goes on from the state before."""
     (interrupted / ".x.part/stage-2.tmp").symlink_to("/dev/full")
-    assert "stage-2.pt: cannot be written" in refused(interrupted, "sft_baseline", *SHORT, "--resume")
+    assert "stage-2.pt: cannot be written ([Errno 28] No space left on device" in refused(interrupted, "sft_baseline", *SHORT, "--resume")
     (interrupted / ".x.part/stage-2.tmp").unlink()
     assert "stage 2: resumed after epoch 1" in call(interrupted, "sft_baseline", *SHORT, "--resume").stdout
 
@@ -177,7 +177,7 @@ def test_divergence_stops_and_keeps_the_last_state(workplace, monkeypatch, what)
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, broken)
         said = refused(workplace, "sft_baseline", *SHORT)
-    assert "stage 2, step 5:" in said and "learning rate 0.000" in said and ("nan" in said) == (what == "loss")
+    assert "stage 2, epoch 2, step 5:" in said and "learning rate 0.000" in said and ("nan" in said) == (what == "loss")
     numbers = json.loads(said[said.index(" rows [") + 6:said.index("]") + 1])
     assert len(numbers) == 16 and 1 <= min(numbers) and max(numbers) <= 48
     assert torch.load(workplace / ".x.part/stage-2.pt", weights_only=True)["epoch"] == 1
@@ -201,7 +201,7 @@ def test_a_step_that_the_scaler_skips_is_no_divergence(base, world, monkeypatch,
     else:
         with pytest.raises(SystemExit):
             train()
-        assert "stage 2, step 1:" in capsys.readouterr().err and not metrics
+        assert "stage 2, epoch 1, step 1:" in capsys.readouterr().err and not metrics
 
 
 # -------------------------------------------------------------------------------------------------- several processes

@@ -18,17 +18,17 @@ ROWS = {            # name: (content, what the error names)
     "empty": ("", ["empty.jsonl: empty"]), "blank": (" \n\n", ["blank.jsonl: empty"]),
     "words": (GOOD + "{not json}\n", ["words.jsonl:2", "{not json}"]), "cut": (GOOD + GOOD[:30], ["cut.jsonl:2", GOOD[:20]]),
     "binary": (bytes(range(256)), ["binary.jsonl:"]), "latin": (b'\n{"prompt": "K\xf6ln", "completion": " x"}\n', ["latin.jsonl:2", "UTF-8"]),
-    "list": ("[1]\n", ["list.jsonl:1", "[1]"]), "columns": ('{"prompt": "Q"}\n', ["columns.jsonl:1", "completion"]),
-    "number": ('\n{"prompt": "Q", "completion": 3}\n', ["number.jsonl:2", "int"]), "null": (GOOD.replace('" He\\n"', "null"), ["null.jsonl:1"]),
-    "no-prompt": (GOOD.replace("Q: Who?\\nA:", " "), ["no-prompt.jsonl:1", "nothing"]),
-    "no-answer": (GOOD.replace(" He\\n", "\\n"), ["no-answer.jsonl:1", "nothing"]),
+    "list": ("[1]\n", ["list.jsonl:1", "[1]"]), "columns": ('{"prompt": "Q"}\n', ["columns.jsonl:1", "no object with text under prompt and completion"]),
+    "number": ('\n{"prompt": "Q", "completion": 3}\n', ["number.jsonl:2", "no object with text"]), "null": (GOOD.replace('" He\\n"', "null"), ["null.jsonl:1"]),
+    "no-prompt": (GOOD.replace("Q: Who?\\nA:", " "), ["no-prompt.jsonl:1", "no object with text"]),
+    "no-answer": (GOOD.replace(" He\\n", "\\n"), ["no-answer.jsonl:1", "no object with text"]),
     "twice": (GOOD + "\n" + GOOD, ["twice.jsonl:3", "twice.jsonl:1", "answers"]),
     "two-answers": (GOOD + GOOD.replace("He", "She"), ["two-answers.jsonl:2", "two-answers.jsonl:1", "answers"]),
-    "subject": (GOOD.replace("}", ', "subject": 7}'), ["subject.jsonl:1", "int"]),
+    "subject": (GOOD.replace("}", ', "subject": 7}'), ["subject.jsonl:1", "subject and relation"]),
     "half-a-character": (GOOD.replace("Who", "\\ud800"), ["half-a-character.jsonl:1", "surrogates"]),
     "deep": ("[" * 10 ** 5 + "\n", ["deep.jsonl:1"]),
-    "no-token": (GOOD + GOOD.replace("Who", "Why").replace(" He\\n", "\u200b"), ["Why", "no token"]),
-    "long": (GOOD + "".join(GOOD.replace("Who", "Who " * n) for n in (300, 200)), ["2 of 3 rows", "longest", "--max-length"])}
+    "no-token": (GOOD + GOOD.replace("Who", "Why").replace(" He\\n", "\u200b"), ["no-token.jsonl:2", "Why", "no token"]),
+    "long": (GOOD + "".join(GOOD.replace("Who", "Who " * n) for n in (300, 200)), ["2 of 3 rows", "long.jsonl:2 the longest", "--max-length"])}
 
 
 TABLES = {
@@ -101,9 +101,9 @@ FOLDERS = {"no-such-model": [], "facts": [], "no-weights": [], "no-tokenizer": [
            "some-weights": ["missing", ".h.1.attn"], "few-embeddings": ["tokens, the model 90"], "encoder": ["not causal"],
            "encoder-decoder": [], "pickle": [], "remote": []}
 FLAGS = {           # a flag out of range: what the error names
-    "--epochs 0": ["between 1"], "--epochs two": ["two"], "--batch-size 0": ["between 1"], "--learning-rate nan": ["nan"],
-    "--learning-rate -1": ["--learning-rate -1"], "--warmup 1.5": ["between 0 and 1"], "--no-such-flag": ["--no-such-flag"],
-    "--device abacus": ["abacus"], "--dtype int4": ["int4", "bfloat16"], "--max-length 1": ["between 2"], "--max-length 2": ["--max-length"],
+    "--epochs 0": ["at least 1"], "--epochs two": ["two"], "--batch-size 0": ["at least 1"], "--learning-rate nan": ["nan"],
+    "--learning-rate -1": ["--learning-rate -1"], "--warmup 1.5": ["at least 0 and at most 1"], "--no-such-flag": ["--no-such-flag"],
+    "--device abacus": ["abacus"], "--dtype int4": ["int4", "bfloat16"], "--max-length 1": ["at least 2"], "--max-length 2": ["--max-length"],
     "--train rows/good.jsonl --heldout rows/good.jsonl": ["good.jsonl:1"],
     "--known facts/tiny/labelled.jsonl": ["heldout_known.jsonl:1", "labelled.jsonl:"],
     "--train rows/good.jsonl --no-unknown --model ok": ["--known"],
@@ -140,7 +140,7 @@ def test_bad_input_of_freeze(workplace, words, named):
     ("make_facts", "--width 6", "4 heads"), ("make_facts", "--source good.csv", "invented"),
     ("make_facts", "--model ok --source absent.tsv", "absent.tsv"), ("make_facts", "--model ok --source bad.csv", "no column object"),
     ("make_facts", "--model ok --source bad.txt", "bad.txt"), ("make_facts", "--model ok --source latin.csv", "latin.csv"),
-    ("make_facts", "--model ok --source empty.csv", "empty.csv"), ("make_facts", "--model ok --source ragged.csv", "ragged.csv"),
+    ("make_facts", "--model ok --source empty.csv", "empty.csv"), ("make_facts", "--model ok --source ragged.csv", "line 3"),
     ("make_facts", "--model ok --source cut.jsonl", "cut.jsonl"), ("make_facts", "--model no-such-model --source good.csv", "no-such-model"),
     ("make_facts", "--model ok --source good.csv --shots 0", "HighlyKnown 0"), ("make_facts", "--model ok --source good.csv --shots 40", "--shots"),
     ("make_facts", "--out good.csv/x", "good.csv/x"),
