@@ -393,7 +393,7 @@ def load_model(name, device):
         # eval: no dropout, in training either; it would add noise to every difference that is measured here
         model, size = model.to(device).eval(), model.get_input_embeddings().weight.shape[0]
         with torch.no_grad():
-            one, other = model(input_ids=torch.tensor([[1, 2], [1, 3]], device=device)).logits[:, 0]
+            one, other = model(input_ids=torch.tensor([[1, 2], [1, 3]], device=device), use_cache=False).logits[:, 0]
         wrong = {f"weights are missing: {list(report['missing_keys'])[:1]}": report["missing_keys"],
                  "there is no tokenizer": set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens),
                  f"its tokenizer has {len(tokenizer)} tokens, the model {size}": len(tokenizer) > size,

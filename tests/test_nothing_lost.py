@@ -1,5 +1,6 @@
 """Interrupted runs end as others do; a run that diverges stops; several processes do what one does."""
 import copy
+import errno
 import importlib
 import json
 import multiprocessing
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import call, plain_loss, refused, rows_of, run
 
 import sft_baseline
@@ -150,13 +152,20 @@ def test_overwrite_starts_anew(interrupted):
     assert not list(interrupted.glob(".x*"))
 
 
+def no_room(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_full_disk(interrupted):
     """No room for a state: one line, and with room again the run goes on from the state before."""
     (interrupted / ".x.part/stage-2.tmp").symlink_to("/dev/full")
     assert "stage-2.pt: cannot be written ([Errno 28] No space left on device" in refused(interrupted, "sft_baseline", *SHORT, "--resume")
     (interrupted / ".x.part/stage-2.tmp").unlink()
-    assert "stage 2: resumed after epoch 1" in call(interrupted, "sft_baseline", *SHORT, "--resume").stdout
+    with pytest.MonkeyPatch.context() as patch:                      # the same for what the run leaves
+        patch.setattr(transformers.PreTrainedModel, "save_pretrained", no_room)
+        assert "--out x: cannot be written ([Errno 28]" in refused(interrupted, "sft_baseline", *SHORT, "--resume")
+    assert "stage 2: resumed after epoch 3" in call(interrupted, "sft_baseline", *SHORT, "--resume").stdout
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
