@@ -419,13 +419,14 @@ def train(config):
     """Both stages; saves the run and returns its metrics, a dict an epoch as in metrics.jsonl."""
     out = Path(config.out)
     temporary = out.with_name(f".{out.name}.part")                  # renamed at the end: a run is there whole or not at all
-    interrupted = any(temporary.glob("stage-?.pt"))
-    if config.resume and out.exists() and not interrupted:
+    forget_states = lambda: [state.unlink(missing_ok=True) for state in out.glob("stage-?.*")]
+    if config.resume and out.exists() and not temporary.exists():
+        forget_states()                         # in case it was killed after its last renaming
         return print(f"{out} is complete: nothing to resume")
     if out.exists() and not (config.overwrite and (out / "run.json").exists()):
         fail(f"--out {out}: exists already; --overwrite replaces it if it is a run folder")
-    if interrupted and not (config.overwrite or config.resume):
-        fail(f"--out {out}: was interrupted; --resume goes on with it, --overwrite starts anew")
+    if temporary.exists() and RANK == 0 and not (config.overwrite or config.resume):
+        fail(f"--out {out}: was interrupted, or still runs; --resume goes on with it, --overwrite starts anew")
     config.trainable = config.trainable or ("attention" if config.l2 is None else "all")
     device, dtype = device_and_dtype(config)
     if WORLD > 1:
@@ -504,8 +505,7 @@ def train(config):
         if config.overwrite:
             shutil.rmtree(out, ignore_errors=True)
         os.replace(temporary, out)
-        for state in out.glob("stage-?.*"):
-            state.unlink()
+        forget_states()
     if evaluator:
         evaluator.show(evaluator.compare([evaluator.read_run(out)]))
     if after and not config.no_unknown and after["unknown"]["accuracy"] < 0.1:
