@@ -37,7 +37,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 METHOD = "baseline"
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))         # set by torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", 1))            # processes, and which of them this is: set by torchrun
+RANK = int(os.environ["RANK"]) if WORLD > 1 else 0
 option = lambda default, consequence, **more: field(default=default, metadata={"help": consequence, **more})
 
 
@@ -169,13 +170,13 @@ def encode(tokenizer, rows, longest, max_length=None, places={}):
         prompt = prompt[:-1] if len(prompt) > 1 and prompt[-1] == eos else prompt
         completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
         if not prompt or not completion:
-            fail(f"{places.get(row['prompt'])}: {row['prompt'][:40]!r} or {row['completion'][:40]!r} has no token for this model; leave it out")
+            fail(f"{places.get(row['prompt'], '')}: {row['prompt'][:40]!r} or {row['completion'][:40]!r} has no token for this model; leave it out")
         if not row["completion"].endswith("\n") and eos not in (None, *completion[-1:]):
             completion = completion + [eos]
         start, length = int(prompt[0] == tokenizer.bos_token_id), len(prompt) + len(completion)        # BOS is not cut
         excess = max(0, length - (max_length or length))
         if start + excess >= len(prompt) or length - excess > longest:
-            long.append((length, places.get(row["prompt"])))
+            long.append((length, places.get(row["prompt"], "")))
         encoded.append((tuple(prompt[:start] + prompt[start + excess:] + completion), len(prompt) - excess))
     if long:
         fail(f"{len(long)} of {len(rows)} rows are too long, {max(long)[1]} the longest with {max(long)[0]} tokens; the model reads {longest}; "
