@@ -12,6 +12,7 @@ sft_baseline.py and sft_selfdistill.py differ in the loss of stage 2 alone: run 
 On a laptop, an invented world, made first:           python sft_baseline.py
 On a GPU, real facts, found first by make_facts.py:   python sft_baseline.py --model gpt2-medium
 Your own rows of {"prompt": …, "completion": …}:      python sft_baseline.py --model DIR --train my.jsonl
+After an interruption; on several GPUs:               the same with --resume; torchrun --nproc_per_node=N sft_baseline.py …
 The last line you should see:                         saved runs/baseline-tiny-0
 """
 import argparse

@@ -13,6 +13,7 @@ sft_freeze.py differs from sft_baseline.py in what is frozen, in both stages, an
 On a laptop, an invented world, made first:           python sft_freeze.py
 On a GPU, real facts, found first by make_facts.py:   python sft_freeze.py --model gpt2-medium
 Your own rows of {"prompt": …, "completion": …}:      python sft_freeze.py --model DIR --train my.jsonl
+After an interruption; on several GPUs:               the same with --resume; torchrun --nproc_per_node=N sft_freeze.py …
 The last line you should see:                         saved runs/freeze-tiny-0
 """
 import argparse
