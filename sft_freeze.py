@@ -94,6 +94,8 @@ def writing(path):
     try:
         yield
     except Exception as error:                                      # PyTorch and safetensors have kinds of their own
+        if isinstance(error.__context__, KeyboardInterrupt):        # Ctrl-C in the middle of torch.save
+            raise error.__context__
         fail(f"{path}: cannot be written ({(str(error) or repr(error)).splitlines()[0]}); no finished epoch is lost, see --resume")
 
 

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -105,6 +106,20 @@ def test_ctrl_c_says_how_to_go_on(workplace):
         error = process.stderr.read()
     assert process.returncode == 130 and len(error.splitlines()) == 1 and "--resume" in error
     assert (workplace / ".x.part/stage-2.pt").exists()
+
+
+def test_ctrl_c_in_a_write(workplace, monkeypatch):
+    """torch.save turns an interruption of its file into an error of its own: still an interruption, not a full disk."""
+    real = torch.save
+
+    def interrupting(state, file):
+        write, calls = file.write, []
+        broken = types.SimpleNamespace(flush=file.flush, write=lambda data: calls.append(0) or (write(data) if len(calls) < 9 else os.kill(os.getpid(), signal.SIGINT)))
+        real(state, broken)
+    monkeypatch.setattr(torch, "save", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        call(workplace, "sft_baseline", *SHORT)
+    assert not list(workplace.glob(".x.part/stage-?.pt"))
 
 
 @pytest.fixture
