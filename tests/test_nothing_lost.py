@@ -166,8 +166,10 @@ def test_refused_resumption(interrupted, words, change, named):
 
 
 def test_overwrite_starts_anew(interrupted):
+    (interrupted / ".x.part/stage-2-epoch-1").mkdir()               # of --save-every-epoch
     done = call(interrupted, "sft_baseline", *SHORT, "--overwrite")
     assert "resumed" not in done.stdout and rows_of(interrupted / "x/metrics.jsonl")[-1]["epoch"] == 3
+    assert not list(interrupted.glob("x/stage-*"))
     assert not list(interrupted.glob(".x*"))
 
 
