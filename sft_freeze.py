@@ -157,15 +157,15 @@ def read_rows(path, places):
             if line.strip():
                 place = f"{path}:{number}"
                 rows.append(row := json.loads(line))
-                texts = [row.get(key) or "" for key in ("prompt", "completion", "subject", "relation")] if isinstance(row, dict) else [""]
-                if not all(isinstance(text, str) for text in texts) or not all(text.strip() for text in texts[:2]):
+                texts = [row.get(key) for key in ("prompt", "completion", "subject", "relation")] if isinstance(row, dict) else [None]
+                if not all(isinstance(text, str) and text.strip() or i > 1 and text is None for i, text in enumerate(texts)):
                     raise ValueError("no object with text under prompt and completion (and under subject and relation, if any)")
-                " ".join(texts).encode()                            # fails for halves of characters
+                json.dumps(row, ensure_ascii=False).encode()        # fails for halves of characters
                 if texts[0] in places:
                     raise ValueError(f"the prompt of {places[texts[0]]} again; a question stands once, other right answers under answers;")
                 places[texts[0]] = place
     except (OSError, ValueError, RecursionError) as error:
-        fail(f"{place}: {error} in {line[:60].decode(errors='replace')!r}; wanted: objects with prompt and completion, one a line, in UTF-8")
+        fail(f"{place}: {error} in {line[:60].decode(errors='replace')!r}; wanted: UTF-8, an object with prompt and completion a line")
     return rows if rows or not path else fail(f"{path}: empty; wanted: objects with prompt and completion, one a line")
 
 
@@ -181,18 +181,18 @@ def encode(tokenizer, rows, longest, max_length=None, places={}):
         prompt = tokenizer(row["prompt"], add_special_tokens=not has_bos)["input_ids"]
         prompt = prompt[:-1] if len(prompt) > 1 and prompt[-1] == eos else prompt
         completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
-        if not prompt or not completion:
-            fail(f"{places.get(row['prompt'], '')}: {row['prompt'][:40]!r} or {row['completion'][:40]!r} has no token for this model; leave it out")
+        start, length = int(prompt[:1] == [tokenizer.bos_token_id]), len(prompt) + len(completion)     # BOS is not cut
+        if len(prompt) == start or not completion:
+            fail(f"{places.get(row['prompt'], '')}: no token in {row['prompt'][:40]!r} or {row['completion'][:40]!r}; leave it out")
         if not row["completion"].endswith("\n") and eos not in (None, *completion[-1:]):
-            completion = completion + [eos]
-        start, length = int(prompt[0] == tokenizer.bos_token_id), len(prompt) + len(completion)        # BOS is not cut
+            completion, length = completion + [eos], length + 1
         excess = max(0, length - (max_length or length))
         if start + excess >= len(prompt) or length - excess > longest:
             long.append((length, places.get(row["prompt"], "")))
         encoded.append((tuple(prompt[:start] + prompt[start + excess:] + completion), len(prompt) - excess))
     if long:
-        fail(f"{len(long)} of {len(rows)} rows are too long, {max(long)[1]} the longest with {max(long)[0]} tokens; the model reads {longest}; "
-             f"--max-length N (now {max_length}) cuts prompts at their start and must leave a token of them")
+        fail(f"{len(long)} of {len(rows)} rows are too long, {max(long)[1]} the longest with {max(long)[0]} tokens; the model reads "
+             f"{longest}; --max-length N (now {max_length}) cuts prompts at their start and must leave a token of them")
     return encoded
 
 
@@ -234,7 +234,8 @@ def split_model(model, batch):
     head = model.get_output_embeddings()
     with torch.no_grad():
         own = whole(batch, batch["real"])
-        if head is not None and (head(trunk(batch, batch["real"])) - own).abs().max() <= 1e-4 * own.abs().max():
+        split = head is not None and model.base_model is not model
+        if split and (head(trunk(batch, batch["real"])) - own).abs().max() <= 1e-4 * own.abs().max():
             return trunk, head
     print("note: no linear head on the last hidden states: logits are made for all positions")
     return whole, torch.nn.Identity()
@@ -305,19 +306,19 @@ def get_lr(step, total, config):
     return config.learning_rate * (0.1 + 0.9 * cosine)
 
 
-def load_state(path, parts, run, device):
-    """Put the state that `run_stage` wrote to `path` into `parts`, {name: model, optimizer, …}; returns all of it. Ends the program
-    if its settings or data are not those of `run`, the dict of run.json: a run goes on as it began."""
+def load_state(path, parts, run):
+    """Put the state that `run_stage` wrote to `path` into `parts`, {name: model, optimizer, …}; returns the rest of it. Ends the
+    program if it is not of `run`, the dict of run.json: a run goes on as it began."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         if odd := [f"{part} {key} was {value}, is {run[part].get(key)}" for part in ("config", "data")
                    for key, value in state["run"][part].items() if value != run[part].get(key) and key not in ("resume", "overwrite")]:
             raise ValueError("; ".join(odd))
         for key, part in parts.items():
-            part.load_state_dict(state[key])
+            part.load_state_dict(state.pop(key))
         return state
     except Exception as error:                                      # many kinds, by what is broken
-        fail(f"--resume: {path} is not of this run ({' '.join((str(error) or repr(error)).split())[:300]}); --overwrite starts anew")
+        fail(f"--resume: {path} is not of this run ({' '.join((str(error) or repr(error)).split())[:300]}); --overwrite alone starts anew")
 
 
 def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device, dtype, config, folder=None, run=None):
@@ -334,22 +335,24 @@ def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device,
     step, total, started = 0, epochs * math.ceil(len(rows) / (config.batch_size * config.accumulate)), time.time()
     path, parts, done = folder and folder / f"stage-{stage}.pt", {"model": model, "optimizer": optimizer, "scaler": scaler}, 0
     if config.resume and path and path.exists():
-        state = load_state(path, parts, run, device)
-        done, step, metrics[:], scores = (state[key] for key in ("epoch", "step", "metrics", "scores"))
+        state = load_state(path, parts, run)
+        done, step, metrics[:], scores = (state[key] for key in ("epoch", "step", "metrics", "scores"))    # in place: it is train's
         started -= metrics[-1]["seconds"]
         print(f"stage {stage}: resumed after epoch {done}", flush=True)
+    if WORLD > 1:
+        dist.all_gather_object(dones := [None] * WORLD, done)
+        if len(set(dones)) > 1:
+            fail(f"--resume: the processes found {dones} epochs at {path}; all of them must see the same disk")
     for epoch in range(done + 1, epochs + 1):
         means, windows = {}, make_windows(rows, config, stage, epoch)
         for window in tqdm(windows, f"stage {stage}, epoch {epoch} of {epochs}", unit="step", leave=False, disable=RANK > 0 or None):
             everyone = [row for batch in window for row in batch]   # the rows of all processes
             counts = {"supervised": sum(len(ids) - n for ids, n in everyone), "real": sum(len(ids) - 1 for ids, _ in everyone)}
             lr, step, sums = get_lr(step, total, config), step + 1, {}
-            if counts["supervised"] == 0:                           # nothing to learn, and 0 / 0 would be NaN
-                continue
             for group in optimizer.param_groups:
                 group["lr"] = lr
             for batch in window:
-                mine = batch[RANK::WORLD]                           # a process without a row counts another's as 0
+                mine = batch[RANK::WORLD]                           # without a row, one that counts 0: all need a gradient to add
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     loss, terms = loss_function(collate(mine or batch[:1], device), counts)
                 scaler.scale(loss * bool(mine)).backward()          # gradients add up over the window, and over processes
@@ -366,8 +369,8 @@ def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device,
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             # beyond fp16's range the scaler skips the step and halves its scale (1 where there is no scaler)
             if not (math.isfinite(sum(sums.values())) and (norm.isfinite() or scaler.get_scale() > 1)):
-                fail(f"stage {stage}, epoch {epoch}, step {step}: loss {sums} or gradient norm {norm:.3g} is not finite; learning rate {lr:.3g}, "
-                     f"training rows {sorted({rows.index(row) + 1 for row in everyone})} (known ones first); lower the rate or mend the rows")
+                fail(f"stage {stage}, epoch {epoch}, step {step}: {sums} or gradient norm {norm:.3g} not finite; learning rate {lr:.3g}, rows "
+                     f"{sorted({rows.index(row) + 1 for row in everyone})} of known and new; lower the rate, mend rows or change --dtype")
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -422,12 +425,13 @@ def checkpoint_blocks(model):
 def train(config):
     """Both stages; saves the run and returns its metrics, a dict an epoch as in metrics.jsonl."""
     out = Path(config.out)
-    temporary = out.with_name(f".{out.name}.part")                  # renamed at the end: a run is there whole or not at all
-    forget_states = lambda: [state.unlink(missing_ok=True) for state in out.glob("stage-?.*")]
-    if config.resume and out.exists() and not temporary.exists():
+    temporary, aside = (out.parent / f".{out.name}.{name}" for name in ("part", "old"))
+    forget_states = lambda: [state.unlink(missing_ok=True) for state in out.glob("stage-?.pt")]
+    is_run = (out / "run.json").is_file()
+    if is_run and config.resume and not config.overwrite and not temporary.exists():
         forget_states()                         # in case it was killed after its last renaming
-        return print(f"{out} is complete: nothing to resume")
-    if out.exists() and not (config.overwrite and (out / "run.json").exists()):
+        return print(f"{out} is complete: nothing to resume; another run needs another --out, or --overwrite")
+    if out.exists() and not (config.overwrite and is_run):
         fail(f"--out {out}: exists already; --overwrite replaces it if it is a run folder")
     if temporary.exists() and RANK == 0 and not (config.overwrite or config.resume):
         fail(f"--out {out}: was interrupted, or still runs; --resume goes on with it, --overwrite starts anew")
@@ -463,11 +467,10 @@ def train(config):
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}, autocast {dtype}",
           *(f"{len(rows)} {key} rows" for key, rows in sets.items()),
           f"{sum(len(ids) for ids, _ in mixture):,} tokens an epoch", sep=", ", flush=True)
-    try:
+    if Path(__file__).with_name("eval_hallucination.py").exists():
         import eval_hallucination as evaluator
-    except ModuleNotFoundError:
-        print("accuracy not measured: eval_hallucination.py is not beside this script")
-        evaluator = None
+    else:
+        evaluator = print("accuracy not measured: eval_hallucination.py is not beside this script")     # None
 
     def score(stage, epoch):                    # of each set, before stage 2 and after every epoch
         if config.save_every_epoch and RANK == 0:
@@ -506,9 +509,11 @@ def train(config):
         tokenizer.save_pretrained(temporary)
         for name, rows in (("metrics.jsonl", metrics), ("answers.jsonl", answers), ("run.json", [run])):
             (temporary / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        if config.overwrite:
-            shutil.rmtree(out, ignore_errors=True)
-        os.replace(temporary, out)
+        if out.exists():                        # to be overwritten: it stays until the new one is whole
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(out, aside)
+        os.replace(temporary, out)              # a run is there whole or not at all
+        shutil.rmtree(aside, ignore_errors=True)
         forget_states()
     if evaluator:
         evaluator.show(evaluator.compare([evaluator.read_run(out)]))

@@ -255,12 +255,6 @@ def test_epoch_loss_is_the_mean_of_its_windows(base, rows, capsys):
     assert float(first[1]) == pytest.approx(means[0], abs=1e-4)             # the window's loss, not its last batch's
 
 
-def test_window_without_supervised_tokens_is_skipped(base):
-    rows = [([5, 6, 7], 3)] * 4
-    model, metrics = stage(sft_baseline, base[0], rows, plain_loss)
-    assert same_weights(model, base[0]) and len(metrics) == 2
-
-
 def test_collate_masks_by_length(base):
     eos = base[1].eos_token_id
     batch = sft_baseline.collate([([5, 6, 7, eos], 2), ([8, eos], 1)], "cpu")

@@ -189,6 +189,22 @@ def test_full_disk(interrupted):
     assert "stage 2: resumed after epoch 3" in call(interrupted, "sft_baseline", *SHORT, "--resume").stdout
 
 
+def test_an_old_run_stays_until_the_new_one_is_whole(workplace, monkeypatch):
+    """--overwrite: killed at any of the last renamings, the old run or the new one is there, or can be resumed."""
+    call(workplace, "sft_baseline", *SHORT)
+    whole = ended(workplace / "x")
+    (workplace / "x/old").touch()
+    for n in (1, 6, 1, 2, 1):                                       # the first state; behind five, the two last renamings; again
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            die(patch, sft_baseline, "rename", n)
+            call(workplace, "sft_baseline", *SHORT, "--overwrite", *["--resume"] * (n < 6))
+        assert (workplace / "x/old").exists() or (workplace / ".x.old/old").exists()
+    call(workplace, "sft_baseline", *SHORT, "--overwrite", "--resume")
+    new = ended(workplace / "x")
+    assert new["run.json"]["config"].pop("overwrite") and not whole["run.json"]["config"].pop("overwrite") and new == whole
+    assert not list(workplace.glob(".x*"))
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_divergence_stops_and_keeps_the_last_state(workplace, monkeypatch, what):
     """A loss or a gradient that is not finite in the second epoch of stage 2: step, rate and rows are named; resumed, it is as never."""

@@ -25,9 +25,11 @@ ROWS = {            # name: (content, what the error names)
     "twice": (GOOD + "\n" + GOOD, ["twice.jsonl:3", "twice.jsonl:1", "answers"]),
     "two-answers": (GOOD + GOOD.replace("He", "She"), ["two-answers.jsonl:2", "two-answers.jsonl:1", "answers"]),
     "subject": (GOOD.replace("}", ', "subject": 7}'), ["subject.jsonl:1", "subject and relation"]),
-    "half-a-character": (GOOD.replace("Who", "\\ud800"), ["half-a-character.jsonl:1", "surrogates"]),
+    "list-subject": (GOOD.replace("}", ', "subject": []}'), ["list-subject.jsonl:1", "subject and relation"]),
+    "half-anywhere": (GOOD.replace("}", ', "note": "\\ud83d"}'), ["half-anywhere.jsonl:1", "surrogates"]),
+    "only-bos": (GOOD.replace("Q: Who?\\nA:", "<|endoftext|>"), ["only-bos.jsonl:1", "no token"]), "half-a-character": (GOOD.replace("Who", "\\ud800"), ["half-a-character.jsonl:1", "surrogates"]),
     "deep": ("[" * 10 ** 5 + "\n", ["deep.jsonl:1"]),
-    "no-token": (GOOD + GOOD.replace("Who", "Why").replace(" He\\n", "\u200b"), ["no-token.jsonl:2", "Why", "no token"]),
+    "no-token": (GOOD + GOOD.replace("Who", "Why").replace(" He\\n", "\u200b"), ["no-token.jsonl:2", "no token", "Why"]),
     "long": (GOOD + "".join(GOOD.replace("Who", "Who " * n) for n in (300, 200)), ["2 of 3 rows", "long.jsonl:2 the longest", "--max-length"])}
 
 
@@ -109,7 +111,8 @@ FLAGS = {           # a flag out of range: what the error names
     "--train rows/good.jsonl --no-unknown --model ok": ["--known"],
     "--train rows/shared.jsonl --heldout facts/tiny/heldout_known.jsonl": ["4 held-out facts", "heldout_known.jsonl"],
     "--train rows": ["rows"], "--model ok --facts rows --train absent.jsonl": ["absent.jsonl"],
-    "--out rows/good.jsonl/x --epochs 1": ["rows/good.jsonl/x"], "--out rows": ["--overwrite"], "--out rows --overwrite": ["run folder"]}
+    "--out rows/good.jsonl/x --epochs 1": ["rows/good.jsonl/x"], "--out rows": ["--overwrite"], "--out rows --overwrite": ["run folder"],
+    "--out . --resume": ["run folder"], "--out rows --resume": ["run folder"]}
 
 
 @pytest.mark.parametrize("case", [*(f"--model ok --train rows/{name}.jsonl" for name in ROWS),
