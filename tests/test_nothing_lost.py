@@ -257,7 +257,6 @@ def test_a_step_that_the_scaler_skips_is_no_divergence(base, world, monkeypatch,
 
 def step_of(method, rank, world, folder, out):
     """One window of `method` in this process, one of `world`; saves its gradient and what is logged to `out`."""
-    torch.set_num_threads(1)
     script = importlib.import_module(method)
     assert (script.RANK, script.WORLD) == (rank, world)
     device = torch.device("cpu")
@@ -283,6 +282,7 @@ def step_of(method, rank, world, folder, out):
     if world > 1:
         script.dist.init_process_group("gloo")
     script.run_stage(2, model, rows, 1, loss, lambda stage, epoch: {}, metrics, device, torch.float32, config)
+    torch.nn.utils.clip_grad_norm_ = clip
     torch.save({"gradient": found, "metrics": metrics}, f"{out}-{rank}.pt")
 
 
@@ -292,12 +292,13 @@ def test_two_processes_make_the_gradient_of_one(world, tmp_path, method):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = []
-    for rank, n in ((0, 1), (0, 2), (1, 2)):
+    for rank in (0, 1):
         with pytest.MonkeyPatch.context() as patch:                  # as torchrun does; read when the script is imported
-            for key, value in {"RANK": rank, "WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            for key, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}.items():
                 patch.setenv(key, str(value))
-            processes.append(multiprocessing.get_context("spawn").Process(target=step_of, args=(method, rank, n, world, tmp_path / f"{n}")))
+            processes.append(multiprocessing.get_context("spawn").Process(target=step_of, args=(method, rank, 2, world, tmp_path / "2")))
             processes[-1].start()
+    step_of(method, 0, 1, world, tmp_path / "1")
     for process in processes:
         process.join()
         assert process.exitcode == 0
