@@ -65,7 +65,7 @@ class Config:   # each field is a flag; its consequence is the flag's line in --
     # optimisation; of two defaults the first is for tiny, the second for real models
     format_epochs: int = option(1, "epochs of stage 1, known facts only: teaches the form, not the facts")
     epochs: int = option(None, "epochs of stage 2, known and new facts", least=1, tiny=60, real=8)
-    batch_size: int = option(None, "rows in one forward pass: memory", least=1, tiny=64, real=32)
+    batch_size: int = option(None, "rows in one forward pass, of all processes together: memory", least=1, tiny=64, real=32)
     accumulate: int = option(1, "forward passes in one optimizer step: a larger batch in the same memory", least=1)
     learning_rate: float = option(None, "peak of the schedule", tiny=4e-4, real=5e-5)
     warmup: float = option(0.3, "share of the steps in which it rises; large first steps forget most", most=1)
