@@ -19,7 +19,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
 import statistics
 import string
@@ -91,8 +90,10 @@ def generate_answers(model, tokenizer, prompts, max_new_tokens=16, batch_size=64
     """Greedy answers to `prompts` (list of str): list of str, each cut at its stop token.
 
     Batches are padded on the left; `generate` derives the positions from the attention mask, so that padding does
-    not shift them. Longest prompts first: running out of memory shows at once."""
+    not shift them. Longest prompts first: running out of memory shows at once. Where several processes call it together
+    (torchrun), each answers a share of the prompts and all return all answers."""
     import torch
+    import torch.distributed as dist
     from tqdm import tqdm
     from transformers import GenerationConfig
 
@@ -103,10 +104,12 @@ def generate_answers(model, tokenizer, prompts, max_new_tokens=16, batch_size=64
     # its argument leaves open: so the model gets these for the time being.
     own, model.generation_config = model.generation_config, greedy
     room = (getattr(model.config, "max_position_embeddings", None) or 10 ** 9) - max_new_tokens
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    total, prompts = len(prompts), prompts[rank::world]
     encoded = [encode_prompt(tokenizer, p)[-room:] for p in prompts]       # a prompt beyond the context loses its start
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     answers = [""] * len(prompts)
-    bar = tqdm(total=len(prompts), desc="answering", unit="fact", leave=False, disable=os.environ.get("RANK", "0") != "0" or None)
+    bar = tqdm(total=len(prompts), desc="answering", unit="fact", leave=False, disable=rank > 0 or None)
     try:
         for start in range(0, len(order), batch_size):
             rows = order[start:start + batch_size]
@@ -121,6 +124,9 @@ def generate_answers(model, tokenizer, prompts, max_new_tokens=16, batch_size=64
     finally:
         model.generation_config = own
         bar.close()
+    if world > 1:
+        dist.all_gather_object(shares := [None] * world, answers)
+        answers = [shares[i % world][i // world] for i in range(total)]
     return answers
 
 
@@ -134,17 +140,11 @@ def evaluate(model, tokenizer, rows, batch_size=64):
     """Score `model` on `rows` (dicts with `prompt` and `answers` or `completion`) by greedy decoding and exact match.
 
     Returns {"accuracy": float in 0..1 (nan without rows), "answers": list of str, "right": list of bool}.
-    `model` answers with whatever precision the caller's autocast sets; it should be in eval mode. Where several processes call
-    it together (torchrun), each answers a share of the rows and all return the same."""
-    import torch.distributed as dist
+    `model` answers with whatever precision the caller's autocast sets; it should be in eval mode."""
     if not rows:
         return {"accuracy": math.nan, "answers": [], "right": []}
     longest = max(len(tokenizer(" " + a)["input_ids"]) for row in rows for a in accepted_answers(row))
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-    answers = generate_answers(model, tokenizer, [r["prompt"] for r in rows[rank::world]], longest + 2, batch_size)
-    if world > 1:
-        dist.all_gather_object(shares := [None] * world, answers)
-        answers = [shares[i % world][i // world] for i in range(len(rows))]
+    answers = generate_answers(model, tokenizer, [r["prompt"] for r in rows], longest + 2, batch_size)
     right = [exact_match(a, accepted_answers(r)) for a, r in zip(answers, rows)]
     return {"accuracy": sum(right) / len(right), "answers": answers, "right": right}
 

@@ -157,13 +157,15 @@ def read_rows(path, places):
             if line.strip():
                 place = f"{path}:{number}"
                 rows.append(row := json.loads(line))
-                texts = [row.get(key) for key in ("prompt", "completion", "subject", "relation")] if isinstance(row, dict) else [None]
-                if not all(isinstance(text, str) and text.strip() or i > 1 and text is None for i, text in enumerate(texts)):
+                is_text = lambda key: isinstance(row.get(key), str) and row[key].strip()
+                if not (isinstance(row, dict) and is_text("prompt") and is_text("completion")
+                        and all(row.get(key) is None or is_text(key) for key in ("subject", "relation"))):
                     raise ValueError("no object with text under prompt and completion (and under subject and relation, if any)")
                 json.dumps(row, ensure_ascii=False).encode()        # fails for halves of characters
-                if texts[0] in places:
-                    raise ValueError(f"the prompt of {places[texts[0]]} again; a question stands once, other right answers under answers;")
-                places[texts[0]] = place
+                if row["prompt"] in places:
+                    raise ValueError(f"the prompt of {places[row['prompt']]} again; a question stands once, other right answers under "
+                                     "answers;")
+                places[row["prompt"]] = place
     except (OSError, ValueError, RecursionError) as error:
         fail(f"{place}: {error} in {line[:60].decode(errors='replace')!r}; wanted: UTF-8, an object with prompt and completion a line")
     return rows if rows or not path else fail(f"{path}: empty; wanted: objects with prompt and completion, one a line")
@@ -470,7 +472,8 @@ def train(config):
     if Path(__file__).with_name("eval_hallucination.py").exists():
         import eval_hallucination as evaluator
     else:
-        evaluator = print("accuracy not measured: eval_hallucination.py is not beside this script")     # None
+        evaluator = None
+        print("accuracy not measured: eval_hallucination.py is not beside this script")
 
     def score(stage, epoch):                    # of each set, before stage 2 and after every epoch
         if config.save_every_epoch and RANK == 0:

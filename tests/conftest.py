@@ -80,11 +80,24 @@ def base(world):
     return load_model(world / "base")
 
 
+def furnish(folder, world):
+    """Put the scripts and the small world into the empty `folder`, where the README's commands then run as they stand."""
+    for script in ROOT.glob("*.py"):
+        (folder / script.name).write_bytes(script.read_bytes())
+    (folder / "facts").mkdir()
+    os.symlink(world, folder / "facts" / "tiny", target_is_directory=True)
+    return folder
+
+
 @pytest.fixture
 def workplace(tmp_path, world):
-    """An empty folder with the scripts and the small world in it, where the README's commands run as they stand."""
-    for script in ROOT.glob("*.py"):
-        (tmp_path / script.name).write_bytes(script.read_bytes())
-    (tmp_path / "facts").mkdir()
-    os.symlink(world, tmp_path / "facts" / "tiny", target_is_directory=True)
-    return tmp_path
+    return furnish(tmp_path, world)
+
+
+class Bomb:
+    """What creates the file `path` when it is unpickled."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")

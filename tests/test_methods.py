@@ -296,3 +296,8 @@ def test_shared_functions_are_identical():
         assert len({tree[name] for tree in trees.values()}) == 1, f"{name} differs between {METHODS}"
     assert set(trees["sft_selfdistill"]) - set(trees["sft_baseline"]) == {"self_distillation", "kl_sum", "make_teacher"}
     assert set(trees["sft_freeze"]) - set(trees["sft_baseline"]) == {"freeze", "l2_to_before"}
+    # the evaluator, which a copied script lacks, loads a model as they do
+    loading = [next(ast.dump(part) for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text("utf-8")))
+                    if getattr(node, "name", "") == "load_model" for part in node.body if isinstance(part, ast.Try))
+               for name in ("eval_hallucination", "sft_baseline")]
+    assert loading[0] == loading[1]

@@ -16,7 +16,7 @@ import types
 import pytest
 import torch
 import transformers
-from conftest import call, plain_loss, refused, rows_of, run
+from conftest import Bomb, call, plain_loss, refused, rows_of, run
 
 import sft_baseline
 
@@ -132,18 +132,13 @@ def interrupted(workplace, monkeypatch):
     return workplace
 
 
-class Bomb:
-    def __reduce__(self):
-        return open, ("exploded", "w")
-
-
 @pytest.mark.parametrize("words, change, named", [
     ([], None, "--resume"), (["--resume", "--epochs", 9], None, "config epochs was 3, is 9"),
     (["--resume", "--seed", 1, "--temperature", 9], None, "--temperature"), (["--resume", "--learning-rate", 1e-3], None, "learning_rate was 0.0004"),
     (["--resume"], "facts", "data heldout was"), (["--resume"], lambda state: state["model"].popitem(), "stage-2.pt"),
     (["--resume"], lambda state: state["optimizer"]["param_groups"].pop(), "stage-2.pt"), (["--resume"], lambda state: state.pop("run"), "stage-2.pt"),
     (["--resume"], lambda state: state.update(model={k: v[:1] for k, v in state["model"].items()}), "stage-2.pt"),
-    (["--resume"], lambda state: state.update(bomb=Bomb()), "stage-2.pt"), (["--resume"], "cut", "stage-2.pt"), (["--resume"], "empty", "stage-2.pt")])
+    (["--resume"], lambda state: state.update(bomb=Bomb("exploded")), "stage-2.pt"), (["--resume"], "cut", "stage-2.pt"), (["--resume"], "empty", "stage-2.pt")])
 def test_refused_resumption(interrupted, words, change, named):
     """Other settings, other rows, another model, a broken state: the line says which, and the interrupted run stays as it is."""
     path = interrupted / ".x.part/stage-2.pt"

@@ -1,7 +1,6 @@
 """Bad input: every script ends in one clear line on stderr, exit status 2, and leaves all files as they were."""
 import http.server
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import threading
 import pytest
 import torch
 import transformers
-from conftest import ROOT, call, refused, rows_of, run
+from conftest import Bomb, call, furnish, refused, rows_of, run
 
 METHODS = ["sft_baseline", "sft_selfdistill", "sft_freeze"]
 GOOD = '{"prompt": "Q: Who?\\nA:", "completion": " He\\n"}\n'
@@ -44,11 +43,7 @@ TABLES = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, world):
     """A folder with rows, tables and models: `ok`, which is one, and others named by what is wrong with them. No test changes it."""
-    workplace = tmp_path_factory.mktemp("refusals")
-    for script in ROOT.glob("*.py"):
-        shutil.copy(script, workplace)
-    (workplace / "facts").mkdir()
-    os.symlink(world, workplace / "facts" / "tiny", target_is_directory=True)
+    workplace = furnish(tmp_path_factory.mktemp("refusals"), world)
     heldout = rows_of(world / "heldout_known.jsonl")[0]
     for name, text in {**{f"rows/{name}.jsonl": text for name, (text, _) in ROWS.items()}, "rows/good.jsonl": GOOD, **TABLES,
                        "rows/shared.jsonl": json.dumps(heldout | {"prompt": "Q: Who else?\nA:"}) + "\n"}.items():
@@ -84,15 +79,6 @@ def models(tmp_path_factory, world):
     return workplace
 
 
-class Bomb:
-    """What creates a file when it is unpickled."""
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 def contents(folder):
     """{path: bytes or None} of all that is in `folder`."""
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")
@@ -115,11 +101,12 @@ FLAGS = {           # a flag out of range: what the error names
     "--out . --resume": ["run folder"], "--out rows --resume": ["run folder"]}
 
 
-@pytest.mark.parametrize("case", [*(f"--model ok --train rows/{name}.jsonl" for name in ROWS),
-                                  *(f"--model {name} --train rows/good.jsonl" for name in FOLDERS), *FLAGS])
-def test_bad_input_of_the_methods(models, case):
-    """Each case by one of the methods: that they share these functions is another test's."""
-    method = METHODS[len(case) % 3]
+SHARED = [*(f"--model ok --train rows/{name}.jsonl" for name in ROWS), *(f"--model {name} --train rows/good.jsonl" for name in FOLDERS)]
+
+
+@pytest.mark.parametrize("method, case", [*((METHODS[len(case) % 3], case) for case in SHARED), *((m, case) for m in METHODS for case in FLAGS)])
+def test_bad_input_of_the_methods(models, method, case):
+    """Rows and models by one of the methods, since they share these functions (another test's affair); flags by all of them."""
     model, name = (case + " ").split(" ")[1], case.split()[-1].removeprefix("rows/").removesuffix(".jsonl")
     named = FLAGS.get(case) or ([f"--model {model}", "HF_TOKEN", *FOLDERS[model]] if model in FOLDERS else ROWS[name][1])
     before = contents(models)
