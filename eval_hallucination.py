@@ -38,6 +38,9 @@ AXES = {                                       # what --of draws: x and y
     "drift": ("layer, 0 = embeddings", "drift: 1 − cosine, in %"),
     "drift-groups": ("group of held-out subjects", "drift at half depth, in %"),
     "drift-epochs": ("epoch of stage 2", "drift at half depth, in %")}
+# With --resume a run may go on with other values of these settings.
+MAY_CHANGE = ["model", "facts", "train", "known", "heldout", "out", "overwrite", "resume", "device",
+              "eval_every", "save_every_epoch", "batch_size", "accumulate"]
 SETS = {"unknown": "train_unknown.jsonl", "known": "train_known.jsonl", "heldout": "heldout_known.jsonl"}
 
 
@@ -79,21 +82,35 @@ def stop_ids(tokenizer, model=None):
     return sorted(ids - {None})
 
 
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, with BOS where the tokenizer adds one, never with an EOS behind it."""
-    bos = tokenizer.bos_token                  # a rendered chat template may begin with it
-    ids = tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos)))["input_ids"]
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+def tokenize(tokenizer, prompt, completion=""):
+    """Token ids of one text, (prompt, completion): those of the prompt, then the rest.
+
+    Both are encoded together, as one text: encoded alone, a completion would get a second ▁ from
+    tokenizers that put one before every text (Llama 2, Mistral). If the tokens of the prompt are
+    no prefix of those of the whole text, the completion is encoded alone after all. BOS comes
+    first if the tokenizer adds it; an EOS that it puts behind every text is removed, since it
+    would end the prompt.
+    """
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    special = bos is None or not prompt.startswith(bos)     # a chat template may begin with BOS
+    encoded = []
+    for text in (prompt, prompt + completion):
+        ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+        if ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(eos):
+            ids = ids[:-1]
+        encoded.append(ids)
+    before, whole = encoded
+    if whole[:len(before)] == before:
+        return before, whole[len(before):]
+    return before, tokenizer(completion, add_special_tokens=False)["input_ids"]
 
 
 def generate_answers(model, tokenizer, prompts, max_new_tokens=16, batch_size=64):
     """Greedy answers to `prompts` (list of str): list of str, each cut at its stop token.
 
     Batches are padded on the left; `generate` derives the positions from the attention mask, so that padding does
-    not shift them. Longest prompts first: running out of memory shows at once. Where several processes call it together
-    (torchrun), each answers a share of the prompts and all return all answers."""
+    not shift them. Longest prompts first: running out of memory shows at once."""
     import torch
-    import torch.distributed as dist
     from tqdm import tqdm
     from transformers import GenerationConfig
 
@@ -104,12 +121,10 @@ def generate_answers(model, tokenizer, prompts, max_new_tokens=16, batch_size=64
     # its argument leaves open: so the model gets these for the time being.
     own, model.generation_config = model.generation_config, greedy
     room = (getattr(model.config, "max_position_embeddings", None) or 10 ** 9) - max_new_tokens
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-    total, prompts = len(prompts), prompts[rank::world]
-    encoded = [encode_prompt(tokenizer, p)[-room:] for p in prompts]       # a prompt beyond the context loses its start
+    encoded = [tokenize(tokenizer, p)[0][-room:] for p in prompts]       # a prompt beyond the context loses its start
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     answers = [""] * len(prompts)
-    bar = tqdm(total=len(prompts), desc="answering", unit="fact", leave=False, disable=rank > 0 or None)
+    bar = tqdm(total=len(prompts), desc="answering", unit="fact", leave=False, disable=None)
     try:
         for start in range(0, len(order), batch_size):
             rows = order[start:start + batch_size]
@@ -124,9 +139,6 @@ def generate_answers(model, tokenizer, prompts, max_new_tokens=16, batch_size=64
     finally:
         model.generation_config = own
         bar.close()
-    if world > 1:
-        dist.all_gather_object(shares := [None] * world, answers)
-        answers = [shares[i % world][i // world] for i in range(total)]
     return answers
 
 
@@ -147,6 +159,139 @@ def evaluate(model, tokenizer, rows, batch_size=64):
     answers = generate_answers(model, tokenizer, [r["prompt"] for r in rows], longest + 2, batch_size)
     right = [exact_match(a, accepted_answers(r)) for a, r in zip(answers, rows)]
     return {"accuracy": sum(right) / len(right), "answers": answers, "right": right}
+
+
+# --------------------------------------------------------------------- what the sft_*.py scripts call
+
+def weights_hash(model):
+    """Hash of a model's parameters, whatever folder or hub they came from (str)."""
+    sha = hashlib.sha256()
+    for name, weights in sorted(model.state_dict().items()):
+        sha.update(name.encode())
+        sha.update(weights.detach().cpu().contiguous().numpy())
+    return sha.hexdigest()[:16]
+
+
+def check_run(model, name, files, sets, run):
+    """Refuse data with which a run would measure something else than it says.
+
+    model: what training starts from, of the path or hub name `name`; files: {set: path or None};
+    sets: {set: list of {"row": dict, …}}; run: {"method", "config"}, as in the sft_*.py scripts.
+    Refused are fact folders made for other weights, rows whose answers, subject or relation are
+    no text, held-out facts that are trained on, and --resume of a run that began otherwise.
+    Returns what run.json says of weights, data and libraries.
+    """
+    import torch
+    import transformers
+    weights = weights_hash(model)
+    data = {}
+    for key, path in files.items():
+        if path is not None:
+            check_weights(Path(path).parent, weights, name)
+            data[key] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    check_rows(files, sets)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    more = {"weights": weights, "data": data, "versions": versions}
+    begun = Path(run["config"]["out"]) / "unfinished.json"
+    if run["config"]["resume"] and begun.exists() and begun.with_name("state.pt").exists():
+        check_resumed(begun, run | more)
+    return more
+
+
+def check_rows(files, sets):
+    """Refuse rows with which accuracy would be measured wrongly; see `check_run`."""
+    trained = set()
+    for key in ("unknown", "known", "heldout"):
+        if files[key] is not None and not sets[key]:
+            fail(f"{files[key]}: empty; wanted: one object with prompt and completion a line")
+        for example in sets[key]:
+            row = example["row"]
+            place = f"{files[key]}: the row of the prompt {row['prompt'][:60]!r}"
+            check_texts(row, place)
+            prompt, subject = ("prompt", row["prompt"]), ("subject", row.get("subject"))
+            if key != "heldout":
+                trained.update([prompt, subject])
+            elif prompt in trained:
+                fail(f"{place} is held out and trained on; take it out of one of the files")
+            elif subject[1] and subject in trained:
+                fail(f"{place} is held out, but {subject[1]!r} is trained on; take it out")
+
+
+def check_resumed(path, run):
+    """Refuse to go on with a run as `run` (dict) that began as the file `path` says."""
+    begun = read_jsonl(path, ["method", "config"])[0]
+    new = must_match(run)
+    old = must_match(begun)
+    changed = [key for key in sorted(new.keys() | old.keys()) if new.get(key) != old.get(key)]
+    if changed:
+        values = [f"{key} was {old.get(key)}, is {new.get(key)}" for key in changed]
+        fail(f"--resume: not as in {path}: {'; '.join(values)}; --overwrite starts anew")
+
+
+def must_match(run):
+    """What a resumed run must have in common with its beginning, of the dict of run.json."""
+    same = {key: run.get(key) for key in ("method", "weights", "data")} | run["config"]
+    same["rows a step"] = same["batch_size"] * same["accumulate"]
+    for name in MAY_CHANGE:
+        same.pop(name, None)
+    return same
+
+
+def check_weights(folder, weights, name):
+    """Refuse the fact folder `folder`, if it is one, unless it was made for these weights (hash)."""
+    if not (folder / "meta.json").is_file():
+        return
+    labelled = json.loads((folder / "meta.json").read_text("utf-8")).get("weights")
+    if labelled == weights:
+        return
+    earlier = Path(name) / "run.json"
+    if earlier.is_file() and json.loads(earlier.read_text("utf-8")).get("weights") == labelled:
+        print(f"note: {folder} says what the model knew from which {name} was trained")
+        return
+    fail(f"--model {name}: {folder} was made for other weights; make a fact folder for these, with "
+         "make_facts.py --model, and name it with --facts")
+
+
+def check_texts(row, place):
+    """Refuse a row whose answers, subject or relation are not texts, or cannot be written."""
+    answers = row.get("answers")
+    texts = [row.get("subject"), row.get("relation"), *(answers if isinstance(answers, list) else [answers])]
+    for text in texts:
+        if text is not None and not isinstance(text, str):
+            fail(f"{place}: {text!r} is no text, as answers, subject and relation must be")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        fail(f"{place}: {error}; it holds half of a character")
+
+
+def evaluate_sets(model, tokenizer, sets, batch_size, metrics):
+    """{set: result of `evaluate`} of the sets that have rows; their accuracies go into `metrics`.
+
+    sets: {set: list of {"row": dict, …}}, as in the sft_*.py scripts; metrics: a dict."""
+    results = {}
+    for name, examples in sets.items():
+        if examples:
+            rows = [example["row"] for example in examples]
+            results[name] = evaluate(model, tokenizer, rows, batch_size)
+            metrics[name] = results[name]["accuracy"]
+    return results
+
+
+def write_answers(folder, examples, before, after):
+    """Write answers.jsonl into a run's folder: each held-out fact and its answers before and after.
+
+    before, after: what `evaluate_sets` returned for the model before stage 2 and for the last."""
+    rows = []
+    for i, example in enumerate(examples):
+        first, last = before["heldout"], after["heldout"]
+        answers = {"before": first["answers"][i], "right_before": first["right"][i],
+                   "after": last["answers"][i], "right_after": last["right"][i]}
+        rows.append(example["row"] | answers)
+    temporary = Path(folder) / "answers.jsonl.tmp"
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.replace(Path(folder) / "answers.jsonl")
 
 
 # ------------------------------------------------------------------------------------------------------ statistics
@@ -211,7 +356,8 @@ def read_run(folder):
     if not stages:
         fail(f"{folder / 'metrics.jsonl'}: no epoch of stage 2 in it; the run did not finish")
     needed = ["before", "after", "right_before", "right_after"]
-    return {"name": str(folder), "run": run, "metrics": stages, "answers": read_jsonl(folder / "answers.jsonl", needed),
+    answers = folder / "answers.jsonl"         # not written where a copied script could measure nothing
+    return {"name": str(folder), "run": run, "metrics": stages, "answers": read_jsonl(answers, needed) if answers.exists() else [],
             "trained": trained, "facts": facts}
 
 
@@ -222,9 +368,9 @@ def trained_facts(run):
     for key, own in (("unknown", config["train"]), ("known", config["known"])):
         if key in run["data"]:
             path = Path(own or Path(config["facts"]) / SETS[key])
-            rows[key] = read_jsonl(path, ["prompt", "completion"]) if path.is_file() else []
-            if hashlib.sha256(json.dumps(rows[key]).encode()).hexdigest() != run["data"][key]:
+            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != run["data"][key]:
                 return None
+            rows[key] = read_jsonl(path, ["prompt", "completion"])
     return rows
 
 
@@ -239,7 +385,7 @@ def setting(run):
     config = run["run"]["config"]
     folder = f"{config['facts']}/"             # a file of it, named by --known say, is the same one in each seed's folder
     config = {k: v.removeprefix(folder) if isinstance(v, str) else v for k, v in config.items()
-              if k not in ("seed", "facts", "out", "overwrite", "resume", "save_every_epoch", "device")}
+              if k not in ("seed", "facts", "out", "overwrite", "resume", "save_every_epoch", "eval_every", "device")}
     facts = {k: run["facts"].get(k) for k in ("source", "new", "n_new", "n_known", "overlap", "prompts", "shots", "samples", "world")}
     return json.dumps([run["run"]["method"], config, facts if run["facts"] else run["run"]["data"]], sort_keys=True)
 
@@ -341,11 +487,12 @@ def compare(runs):
         row = {"run": run["name"], "setting": setting(run), "group": group_name(run), "epochs": last["epoch"],
                "unknown": last.get("unknown"), "known": last.get("known"), "heldout_n": n}
         if n:
-            heldout = [m["heldout"] for m in run["metrics"]]
+            measured = [m for m in run["metrics"] if "heldout" in m]         # --eval-every leaves epochs out
+            heldout = [m["heldout"] for m in measured]
             row |= {"before": sum(before) / n, "before_interval": wilson(sum(before), n), "after": sum(after) / n,
                     "after_interval": wilson(sum(after), n), "forgetting": 100 * (sum(before) - sum(after)) / n,
                     "peak_forgetting": 100 * (max(heldout) - heldout[-1])}
-            row["when_learnt"] = {share: next((100 * (heldout[0] - m["heldout"]) for m in run["metrics"] if m.get("unknown", -1) >= share),
+            row["when_learnt"] = {share: next((100 * (heldout[0] - m["heldout"]) for m in measured if m.get("unknown", -1) >= share),
                                               None) for share in LEARNT}
             name, right = first.setdefault(run["run"]["data"].get("heldout"), (run["name"], after))
             if right is not after:
@@ -554,8 +701,8 @@ def draw_accuracy(panels, settings, colours, linewidth):
     for colour, same in zip(colours * len(settings), settings):
         for panel, key in ((learnt, "unknown"), (kept, "heldout")):
             for run in same:
-                panel.plot([m["epoch"] for m in run["metrics"]], [m.get(key, math.nan) for m in run["metrics"]], color=colour,
-                           linewidth=linewidth)
+                measured = [m for m in run["metrics"] if key in m]           # --eval-every leaves epochs out
+                panel.plot([m["epoch"] for m in measured], [m[key] for m in measured], color=colour, linewidth=linewidth)
         ends = [run["metrics"][-1] for run in same]
         plane.plot([m.get("unknown", math.nan) for m in ends], [m.get("heldout", math.nan) for m in ends], color=colour,
                    marker="o", linewidth=1, label=Path(group_name(same[0])).name)
@@ -578,10 +725,9 @@ def device_and_dtype(device="auto", dtype="auto"):
         device = torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {device}: {str(error).splitlines()[0]}")
-    if dtype == "auto" and device.type == "cuda":
-        dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "float32"
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if has_bf16 else "float32"
     return device, getattr(torch, dtype)
 
 
@@ -594,6 +740,7 @@ def load_model(name, device="cpu"):
     logging.getLogger("huggingface_hub").setLevel("ERROR")         # it reports each of its attempts
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    device, _ = device_and_dtype(device)        # refuses one that is not there
     try:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)       # False: nor ask whether to
@@ -608,6 +755,8 @@ def load_model(name, device="cpu"):
         if any(wrong.values()):
             raise ValueError("; ".join(what for what in wrong if wrong[what]))
         return model, tokenizer
+    except torch.OutOfMemoryError:
+        raise                   # no fault of the model's
     except Exception as error:  # the library raises many kinds: for a missing file, a bad config, no network
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         fail(f"--model {name}: cannot be loaded ({reason}); give a local folder with config.json, model.safetensors and tokenizer, "
@@ -627,7 +776,7 @@ def subject_states(path, texts, device, batch_size=64):
     model, tokenizer = load_model(path, device)
     states, context = [], getattr(model.config, "max_position_embeddings", None) or 10 ** 9
     for start in range(0, len(texts), batch_size):
-        encoded = [encode_prompt(tokenizer, text)[-context:] for text in texts[start:start + batch_size]]
+        encoded = [tokenize(tokenizer, text)[0][-context:] for text in texts[start:start + batch_size]]
         width = max(map(len, encoded))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in encoded], device=device)      # causal: no mask needed
         last = torch.tensor([len(row) - 1 for row in encoded], device=device)
@@ -665,21 +814,20 @@ def drift(run, device, batch_size=64, by_epoch=False):
         for row, group in zip(run["answers"], grouped(run, key)):
             if group and row.get("subject") in subjects:
                 groups[group][row["subject"]] = subjects[row["subject"]]
-    checkpoints = {tuple(map(int, re.findall(r"\d+", path.name))): path for path in Path(run["name"]).glob("stage-*-epoch-*")}
-    for (stage, epoch), path in sorted(checkpoints.items()) if by_epoch else []:
-        epochs[0 if stage == 1 else epoch] = mean(moved(path))[half].item()
+    checkpoints = {int(path.name.removeprefix("epoch-")): path for path in Path(run["name"]).glob("epoch-*")}
+    for epoch, path in sorted(({0: Path(run["name"]) / "before"} | checkpoints).items()) if by_epoch and checkpoints else []:
+        epochs[epoch] = mean(moved(path))[half].item()
     return {"subjects": {subject: value.tolist() for subject, value in subjects.items()}, "drift-epochs": epochs,
             "drift": dict(enumerate(mean(subjects).tolist())),
             "drift-groups": {group: mean(members)[half].item() for group, members in sorted(groups.items())}}
 
 
 def ask(runs, question, device, dtype):
-    """Print the answer to one question (str) of each model that `runs` (from `read_run`) started from, and of theirs."""
+    """Print the answer to one question (str) of each of `runs` (from `read_run`), before stage 2 and after."""
     import torch
     models = {}                                # path: what it is
     for run in runs:
-        models[start_model(run)] = " (start)"
-    models |= {run["name"]: "" for run in runs}
+        models |= {f"{run['name']}/before": "", run["name"]: ""}
     for path, note in models.items():
         model, tokenizer = load_model(path, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -698,7 +846,7 @@ def main(argv=None):
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
                         help="autocast precision (default: auto, the fast one of the device)")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N hallucinations of each run")
-    parser.add_argument("--ask", metavar="QUESTION", help="put it to the start model and to each run's, as Q: QUESTION A:")
+    parser.add_argument("--ask", metavar="QUESTION", help="put it to each run's model before and after stage 2, as Q: QUESTION A:")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plot", metavar="FILE.png", help="draw accuracy by epoch, and kept against learnt; or what --of says")
     parser.add_argument("--of", choices=AXES, help="print and draw, instead of accuracies: forgetting by number of new facts, width "

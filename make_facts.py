@@ -30,7 +30,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from eval_hallucination import SETS, device_and_dtype, encode_prompt, fail, load_model, normalize, read_jsonl, stop_ids
+from eval_hallucination import SETS, device_and_dtype, fail, load_model, normalize, read_jsonl, stop_ids, tokenize, weights_hash
 
 SAMPLING_TEMPERATURE = 0.5                     # SLiCK, section 3: samples are drawn at T = 0.5
 CATEGORIES = ["HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown"]
@@ -218,12 +218,17 @@ def score_answers(model, tokenizer, prefix, facts, batch_size=64, temperature=SA
     The prefix, the same for all facts, is run once; its KV cache serves every batch."""
     import torch
     stops = torch.tensor(stop_ids(tokenizer, model), device=model.device)
-    prefix_ids = encode_prompt(tokenizer, prefix)
+    prefix_ids = tokenize(tokenizer, prefix)[0]
     sequences = set()                          # (fact, prompt tokens, answer tokens)
     for i, fact in enumerate(facts):
-        question = tuple(tokenizer(to_row(fact)["prompt"], add_special_tokens=False)["input_ids"])
-        for answer in fact["answers"]:
-            sequences.add((i, question, tuple(tokenizer(f" {answer}", add_special_tokens=False)["input_ids"])))
+        prompt = to_row(fact)["prompt"]
+        for text in fact["answers"]:
+            question, answer = tokenize(tokenizer, prefix + prompt, f" {text}")
+            if question[:len(prefix_ids)] == prefix_ids:
+                question = question[len(prefix_ids):]
+            else:                              # a token reaches over the prefix's end
+                question = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            sequences.add((i, tuple(question), tuple(answer)))
     sequences = sorted(sequences, key=lambda s: (len(s[1]) + len(s[2]), s))
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
     if sequences and len(prefix_ids) + len(sequences[-1][1]) + len(sequences[-1][2]) > context:
@@ -409,15 +414,6 @@ def digest(*things):
     return hashlib.sha256(json.dumps(things, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def weights_hash(model):
-    """Hash of a model's parameters, whatever folder or hub they came from (str)."""
-    sha = hashlib.sha256()
-    for name, p in sorted(model.state_dict().items()):
-        sha.update(name.encode())
-        sha.update(p.detach().cpu().contiguous().numpy())
-    return sha.hexdigest()[:16]
-
-
 def replace_folder(temporary, folder):
     """Put the finished folder `temporary` in the place of `folder`, which may exist."""
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
@@ -478,6 +474,19 @@ def parse(argv=None):
     if args.out.exists() and not (args.overwrite and (args.out / "meta.json").exists()):
         fail(f"--out {args.out}: exists already; --overwrite replaces it if it is a fact folder")
     return args
+
+
+def find_files(config):
+    """Paths of the JSONL files of an sft_*.py script, {"unknown", "known", "heldout"}: those that its `config` names, or else
+    those of its fact folder, which is made here if it is absent."""
+    folder = Path(config.facts)
+    if not (folder / "meta.json").exists():
+        main(["--model", config.model, "--out", config.facts, "--device", config.device, "--dtype", config.dtype])
+    files = {"unknown": config.train, "known": config.known, "heldout": config.heldout}
+    for name, file in SETS.items():
+        if files[name] is None:
+            files[name] = str(folder / file)
+    return files
 
 
 def write_jsonl(path, rows):

@@ -1,85 +1,90 @@
 """Self-distillation: supervised fine-tuning (SFT) on new facts that keeps old ones.
 
-Fine-tune a language model on facts that it does not know, and it starts to get wrong facts that it did know
-(Kaplan et al. 2026, arXiv:2604.15574). The loss of this script holds the model near a frozen earlier self:
+Fine-tune a language model on facts that it does not know, and it starts to get wrong facts
+that it did know (Kaplan et al. 2026, arXiv:2604.15574). The loss of this script holds the model
+near a frozen earlier self, the teacher:
 
-    L = CE + λ · τ² · KL(teacher ‖ student)     CE: mean over the completion's tokens and its end; KL: mean over all
-                                                positions, prompt included, full vocabulary, softmax at temperature τ
+    L = CE + λ · τ² · KL(teacher ‖ student)
 
-Stage 1 (--format-epochs) trains on known facts only, with CE: the model learns the form of the task. The result is
-*the model before*: what it knows is what can be forgotten. Stage 2 (--epochs) adds the new facts, with a fresh optimizer.
-sft_baseline.py and sft_selfdistill.py differ in the loss of stage 2 alone: run diff on the two.
+    CE     mean over the tokens of the completions, their end included
+    KL     mean over all predicted tokens, prompts included; whole vocabulary, temperature τ
 
-On a laptop, an invented world, made first:           python sft_selfdistill.py
-On a GPU, real facts, found first by make_facts.py:   python sft_selfdistill.py --model gpt2-medium
-Your own rows of {"prompt": …, "completion": …}:      python sft_selfdistill.py --model DIR --train my.jsonl
-After an interruption; on several GPUs:               the same with --resume; torchrun --nproc_per_node=N sft_selfdistill.py …
-The last line you should see:                         saved runs/selfdistill-tiny-0
+Stage 1 (--format-epochs) trains on known facts only: the model learns the form of the task.
+The result is *the model before*: what it knows is what can be forgotten. Stage 2 (--epochs)
+trains on known and new facts together, with a fresh optimizer; the model before is its
+teacher. This script differs from sft_baseline.py in the loss of stage 2 alone: run diff on them.
+
+    python sft_selfdistill.py                              a laptop; an invented world, made first
+    python sft_selfdistill.py --model gpt2-medium          a GPU; real facts, labelled first
+    python sft_selfdistill.py --model DIR --train my.jsonl rows {"prompt": …, "completion": …}
+
+The last line you should see: saved runs/selfdistill-tiny-0
+Copied alone, this file trains on JSONL; beside eval_hallucination.py it also measures accuracy.
 """
-import argparse
-import contextlib
 import copy
-import functools
-import hashlib
+import importlib
 import json
-import logging
 import math
 import os
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 METHOD = "selfdistill"
-CHUNK = 2 ** 25     # probabilities in memory at once, 128 MB in fp32
-WORLD = int(os.environ.get("WORLD_SIZE", 1))            # processes, and which of them this is: set by torchrun
-RANK = int(os.environ["RANK"]) if WORLD > 1 else 0
-option = lambda default, consequence, **more: field(default=default, metadata={"help": consequence, **more})
+CHUNK = 2 ** 25         # entries of a chunk of logits, (N, V): 128 MB in fp32
+# What the command line leaves open: for the invented world, and for real models.
+TINY = {"epochs": 60, "batch_size": 64, "learning_rate": 4e-4, "kl_weight": 12.0}
+REAL = {"epochs": 8, "batch_size": 32, "learning_rate": 5e-5, "kl_weight": 4.0}
+
+
+def option(default, text):
+    """A flag, its default and its line in --help."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
-class Config:   # each field is a flag; its consequence is the flag's line in --help
+class Config:
+    """Each field is a flag of the command line, --batch-size for batch_size."""
     # the model and its data
-    model: str = option("tiny", "a causal language model: hub name or local folder; tiny is FACTS/base")
-    facts: str = option(None, "fact folder of make_facts.py, made if absent", shown="facts/MODEL")
-    train: str = option(None, "your own JSONL of prompt and completion, instead of a fact folder", shown="none")
-    known: str = option(None, "JSONL of facts it knows, to train on; --train without it skips stage 1", shown="FACTS's")
-    heldout: str = option(None, "JSONL of facts it knows, never trained on, to see what it forgets", shown="FACTS's")
-    out: str = option(None, "run folder to write", shown=f"runs/{METHOD}-MODEL-SEED")
-    overwrite: bool = option(False, "replace the run folder if it exists, or an interrupted run")
-    resume: bool = option(False, "go on with an interrupted run after its last epoch, if there is one")
-    save_every_epoch: bool = option(False, "keep the weights after each epoch too, in folders of the run folder")
-    no_unknown: bool = option(False, "stage 2 on known facts alone: a task learnt with nothing new")
-    max_length: int = option(None, "cut prompts at their start to rows of so many tokens", least=2, shown="no cut")
-    # optimisation; of two defaults the first is for tiny, the second for real models
-    format_epochs: int = option(1, "epochs of stage 1, known facts only: teaches the form, not the facts")
-    epochs: int = option(None, "epochs of stage 2, known and new facts", least=1, tiny=60, real=8)
-    batch_size: int = option(None, "rows in one forward pass, of all processes together: memory", least=1, tiny=64, real=32)
-    accumulate: int = option(1, "forward passes in one optimizer step: a larger batch in the same memory", least=1)
-    learning_rate: float = option(None, "peak of the schedule", tiny=4e-4, real=5e-5)
-    warmup: float = option(0.3, "share of the steps in which it rises; large first steps forget most", most=1)
+    model: str = option("tiny", "a causal language model, hub name or folder; tiny: FACTS/base")
+    facts: str = option(None, "fact folder of make_facts.py, made if absent; default: facts/MODEL")
+    train: str = option(None, "your own JSONL of prompt and completion, instead of a fact folder")
+    known: str = option(None, "JSONL of facts it knows, to train on; default: those of FACTS")
+    heldout: str = option(None, "JSONL of facts it knows, to see what it forgets; default: FACTS's")
+    out: str = option(None, f"folder of the run; default: runs/{METHOD}-MODEL-SEED")
+    overwrite: bool = option(False, "delete the run that is in the folder")
+    resume: bool = option(False, "go on after the last finished epoch of stage 2, if there is one")
+    save_every_epoch: bool = option(False, "keep the weights after each epoch in a folder of OUT")
+    eval_every: int = option(1, "measure accuracy every N epochs; 0: before stage 2 and at the end")
+    no_unknown: bool = option(False, "stage 2 on known facts alone: a task without new facts")
+    # optimisation
+    format_epochs: int = option(1, "epochs of stage 1: they teach the form, not the facts")
+    epochs: int = option(None, "epochs of stage 2; default: 60 for tiny, else 8")
+    batch_size: int = option(None, "rows in a forward pass; default: 64 for tiny, else 32")
+    accumulate: int = option(1, "passes in a step: a larger batch in the same memory")
+    learning_rate: float = option(None, "its peak; default: 4e-4 for tiny, else 5e-5")
+    warmup: float = option(0.3, "share of steps in which it rises; large first steps forget most")
     weight_decay: float = option(0.01, "AdamW's, on matrices only")
-    grad_clip: float = option(1.0, "largest norm of the gradient", least=1e-6)
-    seed: int = option(0, "of the data order; the facts have a seed of their own")
+    grad_clip: float = option(1.0, "largest norm of the gradient")
+    seed: int = option(0, "of the order of the rows; the facts have a seed of their own")
     # the method
-    kl_weight: float = option(None, "λ: how hard the teacher holds; 0: the baseline; the paper: 1", tiny=12.0, real=4.0)
-    temperature: float = option(4.0, "τ: a hot teacher shows also what it ranks lower; the paper has 0.5", least=0.01)
-    kl_direction: str = option("forward", "reverse: KL(student ‖ teacher)", choices=["forward", "reverse"])
-    kl_scope: str = option("all", "distilled positions: all, or the completion's", choices=["all", "completion"])
-    teacher: str = option("cached", "its hidden states, made once; live: a second model", choices=["cached", "live"])
+    kl_weight: float = option(None, "λ of the KL; the paper: 1; default: 12 for tiny, else 4")
+    temperature: float = option(4.0, "τ: a hot teacher also shows what it ranks lower; paper: 0.5")
     # the machine
-    gradient_checkpointing: bool = option(False, "run every block again in the backward pass: less memory, up to a third slower")
-    device: str = option("auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = option("auto", "autocast precision", choices=["auto", "float32", "bfloat16", "float16"])
+    device: str = option("auto", "cuda, mps or cpu; auto: the first there is")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "of autocast")
 
 
 def fail(message):
@@ -88,447 +93,525 @@ def fail(message):
     raise SystemExit(2)
 
 
-@contextlib.contextmanager
-def writing(path):
-    """One line where the block cannot write: a full disk, a read-only folder."""
-    try:
-        yield
-    except Exception as error:                                      # PyTorch and safetensors have kinds of their own
-        if isinstance(error.__context__, KeyboardInterrupt):        # Ctrl-C in the middle of torch.save
-            raise error.__context__
-        fail(f"{path}: cannot be written ({(str(error) or repr(error)).splitlines()[0]}); no finished epoch is lost, see --resume")
-
-
 def parse(argv=None):
-    """Config from the command line, defaults that depend on the model filled in; refuses a value out of range."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The Config of command-line words (list of str, default sys.argv), nothing left open."""
+    parser = transformers.HfArgumentParser(Config, description=__doc__.splitlines()[0])
     parser.error = fail
-    for f in fields(Config):
-        m, flag = f.metadata, "--" + f.name.replace("_", "-")
-        shown = f"{m['tiny']}, {m['real']}" if "tiny" in m else m.get("shown", f.default)
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": m.get("choices")}
-        parser.add_argument(flag, default=f.default, help=f"{m['help']} (default: {shown})", **kind)
     config = Config(**vars(parser.parse_args(argv)))
-    config.facts = config.facts or f"facts/{Path(config.model).name}"
-    config.out = config.out or f"runs/{METHOD}-{Path(config.model).name}-{config.seed}"
-    for f in fields(config):
-        if getattr(config, f.name) is None and "tiny" in f.metadata:
-            setattr(config, f.name, f.metadata["tiny" if config.model == "tiny" else "real"])
-        value, least, most = getattr(config, f.name), f.metadata.get("least", 0), f.metadata.get("most", sys.maxsize)
+    # None stands for a default that depends on the model or the seed.
+    model_name = Path(config.model).absolute().name
+    defaults = {"facts": f"facts/{model_name}", "out": f"runs/{METHOD}-{model_name}-{config.seed}"}
+    # A small model trained from scratch takes ten times the learning rate of a large one.
+    defaults |= TINY if config.model == "tiny" else REAL
+    for name, value in defaults.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+    at_least = {"epochs": 1, "batch_size": 1, "accumulate": 1, "grad_clip": 1e-6,
+                "temperature": 0.01}
+    for name, value in vars(config).items():
+        least = at_least.get(name, 0)
+        most = 1 if name == "warmup" else sys.maxsize
         if isinstance(value, (int, float)) and not least <= value <= most:
-            fail(f"--{f.name.replace('_', '-')} {value}: must be at least {least}" + f" and at most {most}" * (most < sys.maxsize))
+            fail(f"--{name.replace('_', '-')} {value}: must be from {least} to {most}")
+    if config.device == "auto":
+        config.device = "cpu"
+        if torch.accelerator.is_available():
+            config.device = torch.accelerator.current_accelerator().type        # cuda, mps, xpu
+    if config.dtype == "auto":
+        # bf16 has the range of fp32, so that nothing overflows. Emulated it is slower than fp32.
+        is_cuda = config.device == "cuda"
+        has_bf16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        config.dtype = "bfloat16" if has_bf16 else "float32"
     return config
 
 
-def device_and_dtype(config):
-    """(device, autocast dtype): half precision only where the hardware multiplies it fast; MPS stays in fp32."""
-    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def autocast(config):
+    """The precision of a block: products in --dtype, weights and sums in fp32."""
+    return torch.autocast(config.device, getattr(torch, config.dtype),
+                          enabled=config.dtype != "float32")
+
+
+def beside(name):
+    """The module `name` of this project; None where this script was copied without it."""
+    if not Path(__file__).with_name(f"{name}.py").exists():
+        return None
+    return importlib.import_module(name)
+
+
+# ---------------------------------------------------------------------------------------- data
+
+def find_files(config):
+    """Paths of the JSONL files, {"unknown", "known", "heldout"}, None for what there is not.
+
+    Without --train they are those of a fact folder, which make_facts.py makes if it is absent.
+    """
+    if config.train is not None:
+        return {"unknown": config.train, "known": config.known, "heldout": config.heldout}
+    make_facts = beside("make_facts")
+    if make_facts is None:
+        fail("make_facts.py is not beside this script: name a --model and your own rows, --train")
+    return make_facts.find_files(config)
+
+
+def tokenize(tokenizer, prompt, completion=""):
+    """Token ids of one text, (prompt, completion): those of the prompt, then the rest.
+
+    Both are encoded together, as one text: encoded alone, a completion would get a second ▁ from
+    tokenizers that put one before every text (Llama 2, Mistral). If the tokens of the prompt are
+    no prefix of those of the whole text, the completion is encoded alone after all. BOS comes
+    first if the tokenizer adds it; an EOS that it puts behind every text is removed, since it
+    would end the prompt.
+    """
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    special = bos is None or not prompt.startswith(bos)     # a chat template may begin with BOS
+    encoded = []
+    for text in (prompt, prompt + completion):
+        ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+        if ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(eos):
+            ids = ids[:-1]
+        encoded.append(ids)
+    before, whole = encoded
+    if whole[:len(before)] == before:
+        return before, whole[len(before):]
+    return before, tokenizer(completion, add_special_tokens=False)["input_ids"]
+
+
+def read_examples(path, tokenizer, context):
+    """The rows of a JSONL file as training examples, list of dicts.
+
+    row: the JSON object, with text under prompt and completion; ids: the tokens of the whole
+    text, (T,) with T ≤ context; real: ones (T,); supervised: which are the completion's (T,).
+    Ends the program at the first row that cannot be trained on, with file and line.
+    """
+    examples = []
+    number, line = 0, b""
     try:
-        if WORLD > 1 and found == "cuda" and config.device != "cpu":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        device = torch.zeros(1, device=found if config.device == "auto" else config.device).device
-    except Exception as error:                                      # many kinds, by device
-        fail(f"--device {config.device}: {str(error).splitlines()[0]}")
-    fast = {"cuda": lambda: "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16",
-            "cpu": lambda: "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"}     # without AMX half as fast
-    return device, getattr(torch, fast.get(device.type, lambda: "float32")() if config.dtype == "auto" else config.dtype)
+        lines = Path(path).read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue        # blank lines are no rows
+            row = json.loads(line)
+            prompt, completion = tokenize(tokenizer, row["prompt"], row["completion"])
+            if not prompt or not completion or not row["completion"].strip():
+                raise ValueError("nothing in it")
+            # The end is learnt too. It is a newline, as of one-line answers, or else EOS.
+            last, eos = completion[-1], tokenizer.eos_token_id
+            if last != eos and "\n" not in tokenizer.decode([last]):
+                if eos is None:
+                    raise ValueError("no newline at its end, and the tokenizer has no EOS")
+                completion.append(eos)
+            ids = torch.tensor(prompt + completion)
+            # Refused, not cut: a prompt without its beginning is another prompt.
+            if len(ids) > context:
+                raise ValueError(f"{len(ids)} tokens, but the model reads {context}")
+            examples.append({"row": row, "ids": ids, "real": torch.ones_like(ids),
+                             "supervised": torch.arange(len(ids)) >= len(prompt)})
+    except Exception as error:          # many kinds, by what is wrong with the row
+        fail(f"{path}:{number}: {error!r} in {line[:60].decode(errors='replace')!r}; wanted: "
+             "text under prompt and completion, as the README shows for chat messages too")
+    return examples
 
 
-def fact_files(config):
-    """{"unknown", "known", "heldout"}: path or None. Calls make_facts.py where the fact folder is wanted and absent."""
-    folder = Path(config.facts)
-    if (config.train is None or config.model == "tiny") and not (folder / "meta.json").exists():
-        if WORLD > 1 or not Path(__file__).with_name("make_facts.py").exists():
-            fail(f"--model {config.model} needs {folder}: make it first, with python make_facts.py --model {config.model} --out {folder}; "
-                 "or name a model of your own with --model and your rows with --train")
-        import make_facts
-        make_facts.main(["--model", config.model, "--out", str(folder), "--device", config.device, "--dtype", config.dtype])
-    files = {"unknown": (config.train, "train_unknown.jsonl"), "known": (config.known, "train_known.jsonl"),
-             "heldout": (config.heldout, "heldout_known.jsonl")}
-    return {key: own or (None if config.train else folder / name) for key, (own, name) in files.items()}
+def cut(items, size):
+    """The list in pieces of `size`, the last may be shorter."""
+    return [items[i:i + size] for i in range(0, len(items), size)]
 
 
-def read_rows(path, places):
-    """The rows of a JSONL file, dicts with at least `prompt` and `completion`; [] for None. places: {prompt: "file:line"} of the
-    rows of other files, to which these are added. Ends the program at a row that cannot be used."""
-    rows, place, line = [], path, b""
-    try:
-        for number, line in enumerate(Path(path).read_bytes().split(b"\n") if path else [], 1):
-            if line.strip():
-                place = f"{path}:{number}"
-                rows.append(row := json.loads(line))
-                is_text = lambda key: isinstance(row.get(key), str) and row[key].strip()
-                if not (isinstance(row, dict) and is_text("prompt") and is_text("completion")
-                        and all(row.get(key) is None or is_text(key) for key in ("subject", "relation"))):
-                    raise ValueError("no object with text under prompt and completion (and under subject and relation, if any)")
-                json.dumps(row, ensure_ascii=False).encode()        # fails for halves of characters
-                if row["prompt"] in places:
-                    raise ValueError(f"the prompt of {places[row['prompt']]} again; a question stands once, other right answers under "
-                                     "answers;")
-                places[row["prompt"]] = place
-    except (OSError, ValueError, RecursionError) as error:
-        fail(f"{place}: {error} in {line[:60].decode(errors='replace')!r}; wanted: UTF-8, an object with prompt and completion a line")
-    return rows if rows or not path else fail(f"{path}: empty; wanted: objects with prompt and completion, one a line")
+def length(example):
+    """Its tokens, prompt, completion and end."""
+    return len(example["ids"])
 
 
-def encode(tokenizer, rows, longest, max_length=None, places={}):
-    """[(ids, n)]: token ids, a tuple, of each row's prompt + completion, of which the first n are the prompt's.
+def make_windows(examples, stage, epoch, config):
+    """One epoch, a list of windows. A window is the list of batches of one optimizer step.
 
-    They are encoded apart, as at test time, when there is no completion yet. The prompt gets BOS where the tokenizer
-    adds one; the completion gets EOS unless it ends in a newline, as one-line answers do. Ends the program on rows of
-    more than `longest` tokens, the model's context, that `max_length` does not cut. places: as in `read_rows`."""
-    encoded, long, bos, eos = [], [], tokenizer.bos_token, tokenizer.eos_token_id
-    for row in rows:
-        has_bos = bos is not None and row["prompt"].startswith(bos)         # as a rendered chat template may
-        prompt = tokenizer(row["prompt"], add_special_tokens=not has_bos)["input_ids"]
-        prompt = prompt[:-1] if len(prompt) > 1 and prompt[-1] == eos else prompt
-        completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
-        start, length = int(prompt[:1] == [tokenizer.bos_token_id]), len(prompt) + len(completion)     # BOS is not cut
-        if len(prompt) == start or not completion:
-            fail(f"{places.get(row['prompt'], '')}: no token in {row['prompt'][:40]!r} or {row['completion'][:40]!r}; leave it out")
-        if not row["completion"].endswith("\n") and eos not in (None, *completion[-1:]):
-            completion, length = completion + [eos], length + 1
-        excess = max(0, length - (max_length or length))
-        if start + excess >= len(prompt) or length - excess > longest:
-            long.append((length, places.get(row["prompt"], "")))
-        encoded.append((tuple(prompt[:start] + prompt[start + excess:] + completion), len(prompt) - excess))
-    if long:
-        fail(f"{len(long)} of {len(rows)} rows are too long, {max(long)[1]} the longest with {max(long)[0]} tokens; the model reads "
-             f"{longest}; --max-length N (now {max_length}) cuts prompts at their start and must leave a token of them")
-    return encoded
-
-
-def make_windows(rows, config, stage, epoch):
-    """One epoch: a list of accumulation windows (an optimizer step each), each a list of batches, each a list of rows.
-
-    The order is a function of seed, stage and epoch. To waste little on padding, rows of similar length share a batch:
-    shuffle, cut into pools of four windows, sort each pool by length, cut it up, shuffle the windows."""
+    The order is a function of seed, stage and epoch. So that little is padding, rows of similar
+    length share a batch: four windows at a time are sorted by length before they are cut up.
+    """
+    # All methods see the same rows in the same order, so that runs of one seed can be paired.
     rng = np.random.default_rng([config.seed, stage, epoch])
-    rows = [rows[i] for i in rng.permutation(len(rows))]
-    cut = lambda items, size: [items[i:i + size] for i in range(0, len(items), size)]
+    shuffled = [examples[i] for i in rng.permutation(len(examples))]
     size = config.batch_size * config.accumulate
-    windows = [window for pool in cut(rows, 4 * size) for window in cut(sorted(pool, key=lambda row: len(row[0])), size)]
-    return [cut(windows[w], config.batch_size) for w in rng.permutation(len(windows))]
+    windows = []
+    for pool in cut(shuffled, 4 * size):
+        windows += cut(sorted(pool, key=length), size)
+    return [cut(windows[i], config.batch_size) for i in rng.permutation(len(windows))]
 
 
-def collate(rows, device):
-    """Pad `encode`d `rows` on the right: ids, attention (B, T); next, the token that each position predicts, and the
-    masks real, it is a token of the row, and supervised, of its completion (B, T-1). Masks go by length, so any id pads."""
-    width = max(len(ids) for ids, _ in rows)
-    padded = torch.tensor([[*ids] + [0] * (width - len(ids)) for ids, _ in rows], device=device)       # (B, T)
-    lengths = torch.tensor([[len(ids)] for ids, _ in rows], device=device)                             # (B, 1)
-    prompts = torch.tensor([[n] for _, n in rows], device=device)                                      # (B, 1)
-    position = torch.arange(width, device=device)[None]                                                # (1, T)
-    real = position[:, 1:] < lengths
-    return {"rows": rows, "ids": padded, "attention": (position < lengths).long(), "next": padded[:, 1:], "real": real,
-            "supervised": real & (position[:, 1:] >= prompts)}
+def collate(examples, device):
+    """A batch: {"ids", "real", "supervised"}, each (B, T), and its "examples", a list.
+
+    Padded with 0 on the right, where nothing of a causal model looks at it; real and supervised
+    are 0 there. They go by length, not by token: what pads may be EOS, which is to be learnt.
+    """
+    batch = {"examples": examples}
+    for key in ("ids", "real", "supervised"):
+        padded = pad_sequence([example[key] for example in examples], batch_first=True)
+        batch[key] = padded.to(device, non_blocking=True)
+    return batch
 
 
-def split_model(model, batch):
-    """(trunk, head): trunk(batch, mask) -> hidden states (N, d), after the final norm, of the N positions under `mask`
-    (B, T-1); head(hidden) -> their logits (N, V). So no logits are made that enter no loss: a batch's can outweigh the model.
+# --------------------------------------------------------------------------- the model and its loss
 
-    Where the two do not give, to 1e-4 of the largest, the logits that `model` itself gives for `batch` (soft-capping and
-    scaling do that), the trunk gives those and the head passes them on."""
-    inputs = lambda batch: {"input_ids": batch["ids"], "attention_mask": batch["attention"], "use_cache": False}
-    trunk = lambda batch, mask: model.base_model(**inputs(batch)).last_hidden_state[:, :-1][mask]
-    whole = lambda batch, mask: model(**inputs(batch)).logits[:, :-1][mask]
+def load_model(name, device):
+    """(model, tokenizer), weights in fp32: steps of 1e-5 would vanish in bf16 weights.
+
+    In eval mode, which means without dropout, in training too: its noise would add to every
+    difference that is measured here.
+    """
+    evaluator = beside("eval_hallucination")
+    if evaluator is not None:
+        return evaluator.load_model(name, device)       # the same, and finds broken models
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return model.to(device).eval(), tokenizer
+    except Exception as error:          # the library raises many kinds
+        fail(f"--model {name}: {' '.join(str(error).split())[:300]}; wanted: a model's "
+             "name on the hub, or a folder with config.json, model.safetensors and tokenizer")
+
+
+def last_hidden(model, batch):
+    """Hidden states behind the final norm, (B, T-1, d): each predicts the next token.
+
+    The head makes logits of them, but only at positions that enter a loss: those of a whole
+    batch, (B, T, V), can outweigh the model.
+    """
+    # Without the cache of keys and values, which only generation needs.
+    output = model.base_model(input_ids=batch["ids"], attention_mask=batch["real"], use_cache=False)
+    return output.last_hidden_state[:, :-1]
+
+
+def check_head(model, batch, name):
+    """Refuse a model whose own logits are not those of its head on `last_hidden`. batch: a row."""
+    try:
+        logits = model.get_output_embeddings()(last_hidden(model, batch))       # (B, T-1, V)
+        whole = model(input_ids=batch["ids"], use_cache=False).logits[:, :-1]
+        torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
+    except (AssertionError, AttributeError, TypeError):     # other logits, no base model, no head
+        fail(f"--model {name}: caps or scales its logits, or has no linear head; train it in a "
+             "trainer that takes the loss from whole logits")
+
+
+def cross_entropy(model, hidden, batch, counts):
+    """CE of a batch, as its share of the window: (loss, {"ce"}). hidden: of `last_hidden`.
+
+    counts: {mask: how many of its tokens the whole window predicts}. The sum of a batch is
+    divided by the count of the window, so that each token weighs the same; a mean of the batches'
+    means would weigh the tokens of short batches more.
+    """
+    mask = batch["supervised"][:, 1:]                                               # (B, T-1)
+    targets = batch["ids"][:, 1:][mask]                                             # (N,)
+    logits = model.get_output_embeddings()(hidden[mask])                            # (N, V)
+    # In fp32: a logarithm of a sum over V terms loses too much in half precision.
+    ce = F.cross_entropy(logits.float(), targets, reduction="sum") / counts["supervised"]
+    return ce, {"ce": ce}
+
+
+def cache_teacher(model, examples, config):
+    """Make `model`, as it is now, the teacher: keep its last hidden states in the examples.
+
+    The teacher never changes and neither do the rows, so one pass gives all that it will be asked:
+    each example gets its hidden states (T-1, d) under "teacher". Returns a frozen copy of the
+    head, which makes logits of them. This saves a second model and its forward pass in every
+    step; it costs 2·d bytes a token in half precision, 4·d in fp32, in the memory of the CPU.
+    """
+    dtype = getattr(torch, config.dtype)
+    batches = cut(sorted(examples, key=length), config.batch_size)
+    batches.reverse()       # the longest rows first: memory that does not suffice shows at once
+    for part in tqdm(batches, "asking the teacher", leave=False, disable=None):
+        with torch.no_grad(), autocast(config):
+            hidden = last_hidden(model, collate(part, model.device)).to("cpu", dtype)
+        for example, states in zip(part, hidden):                                   # (T-1, d)
+            states = states[:length(example) - 1].clone()       # without the padding
+            if config.device == "cuda":
+                states = states.pin_memory()        # so that copies to the GPU need not wait
+            example["teacher"] = states
+    n_bytes = sum(example["teacher"].nbytes for example in examples)
+    print(f"the teacher's hidden states take {n_bytes / 1e6:.1f} MB on the CPU")
+    head = copy.deepcopy(model.get_output_embeddings())
+    return head.to(dtype).requires_grad_(False)
+
+
+def kl_sum(student, teacher, head, teacher_head, temperature):
+    """KL(teacher ‖ student) at temperature τ, summed over N positions, from states (N, d)."""
+    # The products of the heads are as precise as autocast makes them, from there on it is fp32:
+    # the KL is a sum of small differences of log-probabilities.
+    log_q = F.log_softmax(head(student).float() / temperature, dim=-1)              # (N, V)
+    with torch.no_grad():
+        log_p = F.log_softmax(teacher_head(teacher).float() / temperature, dim=-1)  # (N, V)
+    # Σ p (log p − log q): the student must cover what the teacher finds likely. With p and q
+    # exchanged (reverse KL) it must avoid what the teacher finds unlikely.
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
+def self_distillation(model, teacher_head, batch, counts, config):
+    """CE + λ · τ² · KL of a batch, as its share of the window: (loss, {"ce", "kl"}).
+
+    The KL reads 0 (up to rounding) at step 1, where teacher and student are equal: the best free
+    check there is. Arguments as in `cross_entropy`; teacher_head: of `cache_teacher`.
+    """
+    hidden = last_hidden(model, batch)                                              # (B, T-1, d)
+    ce, terms = cross_entropy(model, hidden, batch, counts)
+    # Both (M, d): the M predicted tokens of the batch, prompts included, without the padding. (To
+    # hold the completions alone, select them here and in cache_teacher, and count them below.)
+    student = hidden[batch["real"][:, 1:].bool()]
+    states = [example["teacher"] for example in batch["examples"]]
+    teacher = torch.cat([part.to(model.device, non_blocking=True) for part in states])
     head = model.get_output_embeddings()
-    with torch.no_grad():
-        own = whole(batch, batch["real"])
-        split = head is not None and model.base_model is not model
-        if split and (head(trunk(batch, batch["real"])) - own).abs().max() <= 1e-4 * own.abs().max():
-            return trunk, head
-    print("note: no linear head on the last hidden states: logits are made for all positions")
-    return whole, torch.nn.Identity()
+    size = max(1, CHUNK // head.weight.shape[0])
+    kl = 0
+    for part, teacher_part in zip(student.split(size), teacher.split(size), strict=True):
+        inputs = (part, teacher_part, head, teacher_head, config.temperature)
+        if len(student) <= size:
+            kl = kl_sum(*inputs)
+        else:
+            # The logits of a chunk are made again in the backward pass instead of kept.
+            kl = kl + checkpoint(kl_sum, *inputs, use_reentrant=False, preserve_rng_state=False)
+    kl = kl / counts["real"]
+    # τ²: the gradient of a softmax at τ shrinks as 1/τ² (Hinton et al. 2015, section 2.1).
+    return ce + config.kl_weight * config.temperature ** 2 * kl, terms | {"kl": kl}
 
 
-def cross_entropy(logits, batch, window):
-    """Plain SFT: (loss, terms to log) of one batch's `logits` (N, V) at its N supervised positions, as its share of the
-    accumulation window.
-
-    window: how many `supervised` and `real` positions the whole window has. Sums divided by the window's number weigh
-    every token alike; averaging the batches' means would weigh tokens in short batches more."""
-    ce = F.cross_entropy(logits.float(), batch["next"][batch["supervised"]], reduction="sum") / window["supervised"]
-    return ce, {"ce": ce.item()}
-
-
-def kl_sum(hidden, before, head, head_before, config):
-    """KL(teacher ‖ student) at temperature τ, summed over N positions. hidden, before (N, d): the student's and teacher's."""
-    # log-probabilities in fp32: the KL is a sum of their small differences, which bf16 would round away
-    log_q = F.log_softmax(head(hidden).float() / config.temperature, dim=-1)                           # (N, V) student
-    with torch.no_grad():
-        log_p = F.log_softmax(head_before(before).float() / config.temperature, dim=-1)                # (N, V) teacher
-    if config.kl_direction == "reverse":    # Σ q (log q − log p): the student must avoid what the teacher finds unlikely
-        log_p, log_q = log_q, log_p
-    return (log_p.exp() * (log_p - log_q)).sum()                    # Σ p (log p − log q): it must cover what p finds likely
-
-
-def self_distillation(trunk, head, teacher, batch, window, config):
-    """CE + λ · τ² · KL over the distilled positions: (loss, terms to log). Others as in `split_model` and `cross_entropy`.
-
-    teacher: (states, head), states(batch, mask) -> (N, d), of `make_teacher`. At step 1 student and teacher are equal and
-    the KL reads 0: the best free check. Many positions go in chunks, whose distributions are made anew in the backward pass."""
-    scope, (states, head_before) = "real" if config.kl_scope == "all" else "supervised", teacher
-    hidden, before = trunk(batch, batch[scope]), states(batch, batch[scope])                           # (N, d)
-    ce, terms = cross_entropy(head(hidden[batch["supervised"][batch[scope]]]), batch, window)
-    size = max(1, CHUNK // getattr(head, "out_features", hidden.shape[-1]))                            # of V columns
-    chunks = list(zip(hidden.split(size), before.split(size)))
-    of_chunk = functools.partial(checkpoint, kl_sum, use_reentrant=False) if len(chunks) > 1 else kl_sum
-    kl = sum(of_chunk(*chunk, head, head_before, config) for chunk in chunks) / window[scope]
-    # τ²: the gradient of a softmax at τ shrinks as 1/τ² (Hinton et al. 2015, arXiv:1503.02531, section 2.1)
-    return ce + config.kl_weight * config.temperature ** 2 * kl, terms | {"kl": kl.item()}
-
-
-def make_teacher(model, trunk, head, rows, device, dtype, config):
-    """The frozen teacher, which is `model` as it is now: (states, head) for `self_distillation`.
-
-    It never changes and neither do the rows, so one pass over them gives all that it will be asked: the hidden states at
-    the distilled positions, kept on the CPU in the autocast dtype (2·d bytes a token in bf16), from which a copy of the
-    head makes the logits. --teacher live is a second copy of the model instead, and its forward pass at every step."""
-    if config.teacher == "live" or not isinstance(head, torch.nn.Linear):
-        print("teacher: a second copy of the model", flush=True)
-        states, head_before = split_model(copy.deepcopy(model).requires_grad_(False), collate(rows[:2], device))
-        return torch.no_grad()(states), head_before
-    cached, scope = {}, "real" if config.kl_scope == "all" else "supervised"
-    rows = sorted(rows, key=lambda row: len(row[0]))
-    for start in tqdm(range(0, len(rows), config.batch_size), "asking the teacher", unit="batch", leave=False, disable=RANK > 0 or None):
-        batch = collate(rows[start:start + config.batch_size], device)
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            hidden = trunk(batch, batch[scope]).to("cpu", dtype)
-        cached |= zip(batch["rows"], hidden.split(batch[scope].sum(1).tolist()))
-    size = sum(states.nbytes for states in cached.values()) / 1e6
-    print(f"teacher: hidden states of {len(cached)} rows, {size:.1f} MB on the CPU", flush=True)
-    return (lambda batch, mask: torch.cat([cached[row] for row in batch["rows"]]).to(device),
-            copy.deepcopy(head).to(dtype).requires_grad_(False))
-
+# ------------------------------------------------------------------------------------- training
 
 def get_lr(step, total, config):
-    """Learning rate at `step` of `total`, clamped: linear warm-up, then a cosine from the peak to a tenth of it."""
-    step, warm = min(max(step, 0), total - 1), math.ceil(config.warmup * total)
+    """Learning rate at `step` of `total`: linear warm-up, then a cosine to a tenth of the peak."""
+    # A long warm-up: large steps at the start, before Adam's moments settle, forget most.
+    warm = math.ceil(config.warmup * total)
     if step < warm:
         return config.learning_rate * (step + 1) / warm
-    cosine = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - 1 - warm)))
+    progress = (step - warm) / max(1, total - 1 - warm)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return config.learning_rate * (0.1 + 0.9 * cosine)
 
 
-def load_state(path, parts, run):
-    """Put the state that `run_stage` wrote to `path` into `parts`, {name: model, optimizer, …}; returns the rest of it. Ends the
-    program if it is not of `run`, the dict of run.json: a run goes on as it began."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if odd := [f"{part} {key} was {value}, is {run[part].get(key)}" for part in ("config", "data")
-                   for key, value in state["run"][part].items() if value != run[part].get(key) and key not in ("resume", "overwrite")]:
-            raise ValueError("; ".join(odd))
-        for key, part in parts.items():
-            part.load_state_dict(state.pop(key))
-        return state
-    except Exception as error:                                      # many kinds, by what is broken
-        fail(f"--resume: {path} is not of this run ({' '.join((str(error) or repr(error)).split())[:300]}); --overwrite alone starts anew")
+def make_optimizer(model, config):
+    """AdamW; biases and norms, which are vectors, are not decayed."""
+    matrices = {"params": [], "weight_decay": config.weight_decay}
+    vectors = {"params": [], "weight_decay": 0.0}
+    for parameter in model.parameters():
+        group = matrices if parameter.ndim >= 2 else vectors
+        group["params"].append(parameter)
+    return torch.optim.AdamW([matrices, vectors], fused=config.device != "mps")
 
 
-def run_stage(stage, model, rows, epochs, loss_function, score, metrics, device, dtype, config, folder=None, run=None):
-    """Train `model` on `rows` (of `encode`), append a dict an epoch to `metrics`; returns the last score.
+def run_stage(stage, model, examples, loss_function, config, state):
+    """Train for the epochs of `stage` (1 or 2): a generator, of (metrics, state) after each.
 
-    stage: 1 or 2; loss_function(batch, window) -> (loss, terms); score(stage, epoch) -> {set: result of `evaluate`}.
-    After every epoch the state goes to `folder`, with `run`, and --resume starts from there. Nothing is random but the order of
-    the rows, a function of seed and epoch: so an interrupted run ends as any other."""
-    # biases and norms, which are no matrices, are not decayed
-    groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": config.weight_decay},
-              {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=device.type != "mps")
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)          # does nothing otherwise
-    step, total, started = 0, epochs * math.ceil(len(rows) / (config.batch_size * config.accumulate)), time.time()
-    path, parts, done = folder and folder / f"stage-{stage}.pt", {"model": model, "optimizer": optimizer, "scaler": scaler}, 0
-    if config.resume and path and path.exists():
-        state = load_state(path, parts, run)
-        done, step, metrics[:], scores = (state[key] for key in ("epoch", "step", "metrics", "scores"))    # in place: it is train's
-        started -= metrics[-1]["seconds"]
-        print(f"stage {stage}: resumed after epoch {done}", flush=True)
-    if WORLD > 1:
-        dist.all_gather_object(dones := [None] * WORLD, done)
-        if len(set(dones)) > 1:
-            fail(f"--resume: the processes found {dones} epochs at {path}; all of them must see the same disk")
+    loss_function(batch, counts) -> (loss, {name: part of it to log}). metrics: the parts, means
+    over the windows of the epoch. state: {"epoch": 0} to begin, or one that was yielded, to go on
+    after its epoch. Nothing is random but the order of the rows, which is a function of seed,
+    stage and epoch: an interrupted run ends like any other, on a CPU bit by bit.
+    """
+    epochs = config.format_epochs if stage == 1 else config.epochs
+    # The gradient and Adam's two moments cost three times the memory of what is trained.
+    optimizer = make_optimizer(model, config)
+    # fp16 loses gradients below 6e-8, so its loss is scaled up; elsewhere this does nothing.
+    scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
+    done = state["epoch"]
+    if done:        # stage 2, resumed
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
     for epoch in range(done + 1, epochs + 1):
-        means, windows = {}, make_windows(rows, config, stage, epoch)
-        for window in tqdm(windows, f"stage {stage}, epoch {epoch} of {epochs}", unit="step", leave=False, disable=RANK > 0 or None):
-            everyone = [row for batch in window for row in batch]   # the rows of all processes
-            counts = {"supervised": sum(len(ids) - n for ids, n in everyone), "real": sum(len(ids) - 1 for ids, _ in everyone)}
-            lr, step, sums = get_lr(step, total, config), step + 1, {}
+        windows = make_windows(examples, stage, epoch, config)
+        metrics = {"stage": stage, "epoch": epoch}
+        bar = tqdm(windows, f"stage {stage}, epoch {epoch} of {epochs}", leave=False, disable=None)
+        for step, window in enumerate(bar, (epoch - 1) * len(windows)):
+            batches = [collate(part, model.device) for part in window]
+            # How many tokens the window predicts, of completions and in all: the losses are
+            # means over these.
+            counts = {"supervised": 0, "real": 0}
+            for batch in batches:
+                for mask in counts:
+                    counts[mask] += batch[mask][:, 1:].sum()
+            # Only one batch has its activations in memory at a time, the gradients add up.
+            logged = {}
+            for batch in batches:
+                with autocast(config):
+                    loss, terms = loss_function(batch, counts)
+                scaler.scale(loss).backward()
+                for name, term in terms.items():
+                    logged[name] = logged.get(name, 0) + term.detach()
             for group in optimizer.param_groups:
-                group["lr"] = lr
-            for batch in window:
-                mine = batch[RANK::WORLD]                           # without a row, one that counts 0: all need a gradient to add
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss, terms = loss_function(collate(mine or batch[:1], device), counts)
-                scaler.scale(loss * bool(mine)).backward()          # gradients add up over the window, and over processes
-                sums = {key: sums.get(key, 0.0) + value * bool(mine) for key, value in terms.items()}
-            if WORLD > 1:                                           # sum over all processes, as over the window
-                logged = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
-                for part in [logged, *(p.grad for p in model.parameters() if p.grad is not None)]:
-                    dist.all_reduce(part)
-                sums = dict(zip(sums, logged.tolist()))
-            means = {key: means.get(key, 0.0) + value / len(windows) for key, value in sums.items()}
-            if step == 1:
-                print(f"stage {stage}, step 1:", *(f"{key} {value:.4f}" for key, value in sums.items()), flush=True)
-            scaler.unscale_(optimizer)                              # clip the gradient itself, not the scaled one
+                group["lr"] = get_lr(step, epochs * len(windows), config)
+            scaler.unscale_(optimizer)          # so that the gradient itself is clipped
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            # beyond fp16's range the scaler skips the step and halves its scale (1 where there is no scaler)
-            if not (math.isfinite(sum(sums.values())) and (norm.isfinite() or scaler.get_scale() > 1)):
-                fail(f"stage {stage}, epoch {epoch}, step {step}: {sums} or gradient norm {norm:.3g} not finite; learning rate {lr:.3g}, rows "
-                     f"{sorted({rows.index(row) + 1 for row in everyone})} of known and new; lower the rate, mend rows or change --dtype")
+            # One read from the GPU a step: each makes Python wait for all that it was given to do.
+            *numbers, norm = torch.stack([*logged.values(), norm]).tolist()
+            # A gradient too large for fp16 is the scaler's affair: it skips the step and halves
+            # its scale. Without a scaler, or at scale 1, training has diverged.
+            diverged = not math.isfinite(norm) and scaler.get_scale() <= 1
+            if diverged or not math.isfinite(sum(numbers)):
+                fail(f"stage {stage}, epoch {epoch}, step {step + 1}: loss or gradient is not "
+                     "finite; lower --learning-rate or take --dtype float32")
             scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-        scores = score(stage, epoch)
-        means |= {key: s["accuracy"] for key, s in scores.items()}
-        seconds = round(time.time() - started, 1)
-        print(f"stage {stage}, epoch {epoch}:", *(f"{k} {v:.4f}" for k, v in means.items()), f"({seconds:.0f} s)", flush=True)
-        metrics.append({"stage": stage, "epoch": epoch, "step": step, "learning_rate": lr, **means, "seconds": seconds})
-        if path and RANK == 0:
-            with writing(path):                                     # all or nothing: killed here, a run has its last state
-                with open(path.with_suffix(".tmp"), "wb") as file:
-                    torch.save({key: part.state_dict() for key, part in parts.items()} | {
-                        "epoch": epoch, "step": step, "metrics": metrics, "scores": scores, "run": run}, file)
-                os.replace(path.with_suffix(".tmp"), path)
-    return scores
+            optimizer.zero_grad()
+            values = dict(zip(logged, numbers))
+            for name, value in values.items():
+                metrics[name] = metrics.get(name, 0) + value / len(windows)
+            if step == 0:
+                print(f"stage {stage}, step 1: {values}")
+            bar.set_postfix(values)
+        yield metrics, {"epoch": epoch, "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
 
 
-def load_model(name, device):
-    """(model, tokenizer), the weights in fp32 whatever the checkpoint holds: small steps would vanish in bf16 weights."""
-    logging.getLogger("huggingface_hub").setLevel("ERROR")          # it reports each of its attempts
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+# ------------------------------------------------------------------------------- the run's folder
+# Every file is written all or nothing: to a temporary name, which is then renamed.
+
+def write_jsonl(path, rows):
+    """Write dicts, one a line."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    lines = [json.dumps(row) + "\n" for row in rows]
+    temporary.write_text("".join(lines), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def save_state(path, state):
+    """Write what --resume starts from: up to 12 bytes a parameter, with Adam's moments."""
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)       # False: nor ask whether to
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        # eval: no dropout, in training either; it would add noise to every difference that is measured here
-        model, size = model.to(device).eval(), model.get_input_embeddings().weight.shape[0]
-        with torch.no_grad():
-            one, other = model(input_ids=torch.tensor([[1, 2], [1, 3]], device=device), use_cache=False).logits[:, 0]
-        wrong = {f"weights are missing: {list(report['missing_keys'])[:1]}": report["missing_keys"],
-                 "there is no tokenizer": set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens),
-                 f"its tokenizer has {len(tokenizer)} tokens, the model {size}": len(tokenizer) > size,
-                 "it is not causal: it looks ahead": (one - other).abs().max() > 1e-4 * one.abs().max()}
-        if any(wrong.values()):
-            raise ValueError("; ".join(what for what in wrong if wrong[what]))
-        return model, tokenizer
-    except Exception as error:                  # the library raises many kinds: no file, bad config, no network
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        fail(f"--model {name}: cannot be loaded ({reason}); give a local folder with config.json, model.safetensors and tokenizer, "
-             "or the name of a model on the hub, with a network, and with HF_TOKEN set if it is gated")
+        torch.save(state, temporary)
+    except RuntimeError as error:       # what torch makes of a full disk
+        raise OSError(f"{path}: {error}") from error
+    os.replace(temporary, path)
 
 
-def checkpoint_blocks(model):
-    """Keep no activations inside a block: run it again in the backward pass. The library's own switch wants training mode,
-    and with it dropout. The blocks are the largest list of modules."""
-    size = lambda part: isinstance(part, torch.nn.ModuleList) and sum(p.numel() for p in part.parameters())
-    for block in max(model.modules(), key=size):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+def save_checkpoint(folder, model, tokenizer):
+    """Write an ordinary checkpoint, for `from_pretrained`."""
+    temporary = folder / "tmp"
+    # safetensors, in fp32: 4 bytes a parameter
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    for file in temporary.iterdir():
+        os.replace(file, folder / file.name)
+    temporary.rmdir()
 
+
+def open_folder(inputs, run, config):
+    """Make the folder of a run, or check that it can go on in it; returns its path.
+
+    unfinished.json makes a folder a run; renamed to run.json at the end, a finished one. A folder
+    of anything else is refused, and so is one that holds an input of the run (list of paths).
+    """
+    out = Path(config.out).resolve()
+    for path in filter(None, inputs):
+        place = Path(path).resolve()
+        if out == place or out in place.parents or place in out.parents:
+            fail(f"--out {config.out}: is the place of {path}; name another folder")
+    finished = (out / "run.json").exists()
+    if finished and config.resume:
+        print(f"{config.out} is finished: there is nothing to resume")
+        raise SystemExit(0)
+    is_run = finished or (out / "unfinished.json").exists()
+    if out.exists():
+        if not is_run or not (config.overwrite or config.resume):
+            fail(f"--out {config.out}: exists already; only a run can be deleted, by --overwrite, "
+                 "or continued, by --resume")
+        can_go_on = config.resume and (out / "state.pt").exists()
+        if not can_go_on:               # a run that ended in stage 1 begins anew
+            shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(out / "unfinished.json", [run])
+    return out
+
+
+# --------------------------------------------------------------------------------------- the run
 
 def train(config):
-    """Both stages; saves the run and returns its metrics, a dict an epoch as in metrics.jsonl."""
-    out = Path(config.out)
-    temporary, aside = (out.parent / f".{out.name}.{name}" for name in ("part", "old"))
-    forget_states = lambda: [state.unlink(missing_ok=True) for state in out.glob("stage-?.pt")]
-    is_run = (out / "run.json").is_file()
-    if is_run and config.resume and not config.overwrite and not temporary.exists():
-        forget_states()                         # in case it was killed after its last renaming
-        return print(f"{out} is complete: nothing to resume; another run needs another --out, or --overwrite")
-    if out.exists() and not (config.overwrite and is_run):
-        fail(f"--out {out}: exists already; --overwrite replaces it if it is a run folder")
-    if temporary.exists() and RANK == 0 and not (config.overwrite or config.resume):
-        fail(f"--out {out}: was interrupted, or still runs; --resume goes on with it, --overwrite starts anew")
-    device, dtype = device_and_dtype(config)
-    if WORLD > 1:
-        dist.init_process_group()
-    print(*(f"{key} = {value}" for key, value in asdict(config).items()), sep="\n", flush=True)
-    files = fact_files(config)
-    places = {}
-    sets = {key: read_rows(path, places) for key, path in files.items()}
-    trained = {row.get("subject") for key in ("unknown", "known") for row in sets[key]} - {None, ""}
-    if shared := [row["subject"] for row in sets["heldout"] if row.get("subject") in trained]:
-        fail(f"{files['heldout']}: {len(shared)} held-out facts are about subjects that are trained on, first {shared[0]!r}; leave them out")
-    model, tokenizer = load_model(Path(config.facts) / "base" if config.model == "tiny" else config.model, device)
-    if config.gradient_checkpointing:
-        checkpoint_blocks(model)
+    """Both stages; leaves a finished run in --out. Returns its metrics, a list of dicts."""
+    print(config)
+    files = find_files(config)
+    start = f"{config.facts}/base" if config.model == "tiny" else config.model
+    model, tokenizer = load_model(start, config.device)
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
-    known, unknown = (encode(tokenizer, sets[key], context, config.max_length, places) for key in ("known", "unknown"))
-    if not (mixture := known if config.no_unknown else known + unknown):
-        fail("--no-unknown: no known facts to train on; name some with --known")
-    trunk, head = split_model(model, collate(mixture[:2], device))
-    plain = lambda batch, window: cross_entropy(head(trunk(batch, batch["supervised"])), batch, window)
-    run = {"method": METHOD, "config": asdict(config), "device": str(device), "dtype": str(dtype), "processes": WORLD,
-           "versions": {library.__name__: str(library.__version__) for library in (torch, transformers, np)},
-           "data": {key: hashlib.sha256(json.dumps(rows).encode()).hexdigest() for key, rows in sets.items() if rows}}
-    if RANK == 0:
-        with writing(f"--out {out}"):
-            if not config.resume:
-                shutil.rmtree(temporary, ignore_errors=True)
-            model.generation_config.save_pretrained(temporary)      # may be invalid: better known now than after training
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}, autocast {dtype}",
-          *(f"{len(rows)} {key} rows" for key, rows in sets.items()),
-          f"{sum(len(ids) for ids, _ in mixture):,} tokens an epoch", sep=", ", flush=True)
-    if Path(__file__).with_name("eval_hallucination.py").exists():
-        import eval_hallucination as evaluator
-    else:
-        evaluator = None
-        print("accuracy not measured: eval_hallucination.py is not beside this script")
+    sets = {}
+    for name, path in files.items():
+        sets[name] = read_examples(path, tokenizer, context) if path else []
+    mixture = sets["known"] if config.no_unknown else sets["known"] + sets["unknown"]
+    if not mixture:
+        fail(f"no rows to train on in {files}; with --no-unknown these are the known ones alone")
+    check_head(model, collate(mixture[:1], model.device), start)
+    run = {"method": METHOD, "config": asdict(config)}
+    evaluator = beside("eval_hallucination")
+    if evaluator is not None:
+        # It refuses held-out facts that are trained on, facts that were labelled for another
+        # model, and --resume with other settings or data.
+        run |= evaluator.check_run(model, start, files, sets, run)
+    # All input has been read and checked; only now is --out written to.
+    out = open_folder([start, *files.values()], run, config)
+    print(f"{model.num_parameters():,} parameters, {len(mixture)} rows an epoch")
 
-    def score(stage, epoch):                    # of each set, before stage 2 and after every epoch
-        if config.save_every_epoch and RANK == 0:
-            with writing(f"--out {out}"):
-                for part in (model, tokenizer):
-                    part.save_pretrained(temporary / f"stage-{stage}-epoch-{epoch}")
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return {key: evaluator.evaluate(model, tokenizer, rows, 4 * config.batch_size) for key, rows in sets.items()
-                    if rows and evaluator}
+    def score(metrics):
+        """{set: result of `evaluate`}, whose accuracies are put into `metrics`."""
+        if evaluator is None:
+            return {}
+        with autocast(config):
+            return evaluator.evaluate_sets(model, tokenizer, sets, 4 * config.batch_size, metrics)
 
-    # Stage 1: the form of the task, from facts that the model knows. The result is the model before.
-    metrics = []                                # a dict an epoch
-    if known and config.format_epochs:
-        before = run_stage(1, model, known, config.format_epochs, plain, score, metrics, device, dtype, config, temporary, run)
+    def plain(batch, counts):
+        return cross_entropy(model, last_hidden(model, batch), batch, counts)
+
+    # Stage 1: the form of the task, from known facts. What comes out is the model before, kept
+    # as a checkpoint: --resume starts stage 2 from it, and what was forgotten is measured on it.
+    if (out / "state.pt").exists():     # then before/ is complete: it was written first
+        state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+        model, _ = load_model(out / "before", config.device)
     else:
-        print("stage 1 skipped: no known facts to train on, or --format-epochs 0")
-        before = score(2, 0)
-    metrics.append({"stage": 2, "epoch": 0, **{key: s["accuracy"] for key, s in before.items()}})
+        state = {"epoch": 0, "history": []}
+        for metrics, _ in run_stage(1, model, sets["known"], plain, config, state):
+            state["history"].append(metrics)
+        save_checkpoint(out / "before", model, tokenizer)
+        metrics = {"stage": 2, "epoch": 0}
+        state["before"] = score(metrics)
+        state["history"].append(metrics)
+        print(metrics, flush=True)
+        save_state(out / "state.pt", state)
 
     # Stage 2: known and new facts together (--no-unknown: known ones alone).
-    teacher = make_teacher(model, trunk, head, mixture, device, dtype, config)
-    distil = lambda batch, window: self_distillation(trunk, head, teacher, batch, window, config)
-    after = run_stage(2, model, mixture, config.epochs, distil, score, metrics, device, dtype, config, temporary, run)
+    teacher_head = cache_teacher(model, mixture, config)
 
-    if WORLD > 1:
-        dist.destroy_process_group()
-    if RANK > 0:                                # one process writes
-        return metrics
-    old, new = (scores.get("heldout", {"answers": [], "right": []}) for scores in (before, after))
-    answers = [{**row, "before": a, "right_before": b, "after": c, "right_after": d} for row, a, b, c, d in zip(
-        sets["heldout"], old["answers"], old["right"], new["answers"], new["right"])]       # a dict a held-out fact
-    with writing(f"--out {out}"):
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        for name, rows in (("metrics.jsonl", metrics), ("answers.jsonl", answers), ("run.json", [run])):
-            (temporary / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        if out.exists():                        # to be overwritten: it stays until the new one is whole
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(out, aside)
-        os.replace(temporary, out)              # a run is there whole or not at all
-        shutil.rmtree(aside, ignore_errors=True)
-        forget_states()
-    if evaluator:
-        evaluator.show(evaluator.compare([evaluator.read_run(out)]))
-    print(f"saved {out}")
-    return metrics
+    def distil(batch, counts):
+        return self_distillation(model, teacher_head, batch, counts, config)
+
+    for metrics, parts in run_stage(2, model, mixture, distil, config, state):
+        epoch = metrics["epoch"]
+        if epoch == config.epochs or (config.eval_every and epoch % config.eval_every == 0):
+            state["after"] = score(metrics)
+        state["history"].append(metrics)
+        print(metrics, flush=True)
+        if config.save_every_epoch:
+            save_checkpoint(out / f"epoch-{epoch}", model, tokenizer)
+        save_state(out / "state.pt", state | parts)
+    # unfinished.json is renamed last: run.json says that all else is there.
+    save_checkpoint(out, model, tokenizer)
+    write_jsonl(out / "metrics.jsonl", state["history"])
+    if evaluator is not None:
+        evaluator.write_answers(out, sets["heldout"], state["before"], state["after"])
+    os.replace(out / "unfinished.json", out / "run.json")
+    (out / "state.pt").unlink()
+    if evaluator is not None:
+        evaluator.main([config.out])
+    print(f"saved {config.out}")
+    return state["history"]
+
+
+def main(argv=None):
+    """Train as command-line words say; what goes wrong on the way is one line on stderr."""
+    try:
+        return train(parse(argv))
+    except torch.OutOfMemoryError:
+        fail("out of memory; --resume with half the --batch-size and twice the --accumulate")
+    except (OSError, SafetensorError) as error:         # a full disk above all
+        fail(f"{error}; --resume goes on after the last finished epoch of stage 2")
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on after the last epoch of stage 2", file=sys.stderr)
+        raise SystemExit(130)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8")    # for λ and → where output goes to a file on Windows
-    sys.stdout = open(os.devnull, "w") if RANK > 0 else sys.stdout  # one process speaks
-    try:
-        train(parse())
-    except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on after the last finished epoch", file=sys.stderr)
-        raise SystemExit(130)
+    main()

@@ -29,7 +29,7 @@ def call(folder, script, *words, ok=True):
     os.chdir(folder)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            module.train(module.parse(words)) if script.startswith("sft_") else module.main(words)
+            module.main(words)
     except SystemExit as stopped:
         status = stopped.code
     finally:
@@ -45,17 +45,21 @@ def refused(folder, script, *words):
     return done.stderr
 
 
-def window_of(batches):
-    """The counts of an accumulation window of `collate`d batches, as the losses take them."""
-    return {key: sum(int(b[key].sum()) for b in batches) for key in ("supervised", "real")}
+def counts_of(batches):
+    """How many tokens an accumulation window of `collate`d batches predicts, as the losses take it."""
+    return {mask: sum(int(b[mask][:, 1:].sum()) for b in batches) for mask in ("supervised", "real")}
 
 
 def plain_loss(script, model):
-    """The cross-entropy of `model` as the scripts put it together: loss_function(batch, window)."""
-    def loss_function(batch, window):
-        trunk, head = script.split_model(model, batch)
-        return script.cross_entropy(head(trunk(batch, batch["supervised"])), batch, window)
-    return loss_function
+    """The cross-entropy of `model` as the scripts put it together: loss_function(batch, counts)."""
+    return lambda batch, counts: script.cross_entropy(model, script.last_hidden(model, batch), batch, counts)
+
+
+def trained(script, model, examples, loss_function, **settings):
+    """Stage 2 of `script`, two epochs unless `settings` say otherwise: its metrics, a dict an epoch."""
+    settings = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3, "device": "cpu", "dtype": "float32"} | settings
+    stage = script.run_stage(2, model, examples, loss_function, script.Config(**settings), {"epoch": 0})
+    return [metrics for metrics, _ in stage]
 
 
 def run(folder, *words, ok=True):
