@@ -244,10 +244,11 @@ def check_weights(folder, weights, name):
     labelled = json.loads((folder / "meta.json").read_text("utf-8")).get("weights")
     if labelled == weights:
         return
-    earlier = Path(name) / "run.json"
-    if earlier.is_file() and json.loads(earlier.read_text("utf-8")).get("weights") == labelled:
-        print(f"note: {folder} says what the model knew from which {name} was trained")
-        return
+    for earlier in (Path(name), Path(name).parent):     # a run's folder, or before/ and epoch-N/ in it
+        run = earlier / "run.json"
+        if run.is_file() and json.loads(run.read_text("utf-8")).get("weights") == labelled:
+            print(f"note: {folder} says what the model knew from which {name} was trained")
+            return
     fail(f"--model {name}: {folder} was made for other weights; make a fact folder for these, with "
          "make_facts.py --model, and name it with --facts")
 
@@ -346,7 +347,8 @@ def read_run(folder):
         fail(f"{folder}: no run.json there; name folders that an sft_*.py script wrote with --out")
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        run["method"], run["data"], run["config"]["seed"]
+        run.setdefault("data", {})             # a copied script alone does not say what it was trained on
+        run["method"], run["config"]["seed"]
         trained, facts = trained_facts(run), Path(run["config"]["facts"]) / "meta.json"
         is_theirs = trained and run["config"]["train"] is None and facts.is_file()
         facts = json.loads(facts.read_text(encoding="utf-8")) if is_theirs else {}
@@ -365,6 +367,8 @@ def trained_facts(run):
     """The rows that a run was given to train on, {"unknown", "known": list}, from its run.json; None where the files are not
     where that says, or not as they were (by hash): then there is no telling what the model was taught."""
     config, rows = run["config"], {"unknown": [], "known": []}
+    if not run["data"]:
+        return None
     for key, own in (("unknown", config["train"]), ("known", config["known"])):
         if key in run["data"]:
             path = Path(own or Path(config["facts"]) / SETS[key])

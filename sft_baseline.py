@@ -334,12 +334,11 @@ def run_stage(stage, model, examples, loss_function, config, state):
     optimizer = make_optimizer(model, config)
     # fp16 loses gradients below 6e-8, so its loss is scaled up; elsewhere this does nothing.
     scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
-    done = state["epoch"]
-    if done:        # stage 2, resumed
+    if state["epoch"] > 0:      # stage 2, resumed
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-    for epoch in range(done + 1, epochs + 1):
+    for epoch in range(state["epoch"] + 1, epochs + 1):
         windows = make_windows(examples, stage, epoch, config)
         metrics = {"stage": stage, "epoch": epoch}
         bar = tqdm(windows, f"stage {stage}, epoch {epoch} of {epochs}", leave=False, disable=None)
@@ -359,8 +358,9 @@ def run_stage(stage, model, examples, loss_function, config, state):
                 scaler.scale(loss).backward()
                 for name, term in terms.items():
                     logged[name] = logged.get(name, 0) + term.detach()
+            lr = get_lr(step, epochs * len(windows), config)
             for group in optimizer.param_groups:
-                group["lr"] = get_lr(step, epochs * len(windows), config)
+                group["lr"] = lr
             scaler.unscale_(optimizer)          # so that the gradient itself is clipped
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             # One read from the GPU a step: each makes Python wait for all that it was given to do.
@@ -431,14 +431,14 @@ def open_folder(inputs, run, config):
     if finished and config.resume:
         print(f"{config.out} is finished: there is nothing to resume")
         raise SystemExit(0)
-    is_run = finished or (out / "unfinished.json").exists()
-    if out.exists():
+    is_run = finished or any(out.glob("unfinished.json*"))
+    if any(out.glob("*")):
         if not is_run or not (config.overwrite or config.resume):
             fail(f"--out {config.out}: exists already; only a run can be deleted, by --overwrite, "
                  "or continued, by --resume")
-        can_go_on = config.resume and (out / "state.pt").exists()
-        if not can_go_on:               # a run that ended in stage 1 begins anew
-            shutil.rmtree(out)
+        if config.resume and (out / "state.pt").exists():
+            return out
+        shutil.rmtree(out)              # a run that ended in stage 1 begins anew
     out.mkdir(parents=True, exist_ok=True)
     write_jsonl(out / "unfinished.json", [run])
     return out
@@ -463,8 +463,7 @@ def train(config):
     run = {"method": METHOD, "config": asdict(config)}
     evaluator = beside("eval_hallucination")
     if evaluator is not None:
-        # It refuses held-out facts that are trained on, facts that were labelled for another
-        # model, and --resume with other settings or data.
+        # Refuses held-out facts that are trained on, and --resume with other settings or data.
         run |= evaluator.check_run(model, start, files, sets, run)
     # All input has been read and checked; only now is --out written to.
     out = open_folder([start, *files.values()], run, config)
@@ -480,10 +479,12 @@ def train(config):
     def plain(batch, counts):
         return cross_entropy(model, last_hidden(model, batch), batch, counts)
 
-    # Stage 1: the form of the task, from known facts. What comes out is the model before, kept
-    # as a checkpoint: --resume starts stage 2 from it, and what was forgotten is measured on it.
+    # Stage 1: the form of the task, from known facts. Its result is kept as out/before.
     if (out / "state.pt").exists():     # then before/ is complete: it was written first
-        state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+        except Exception as error:      # many kinds, by what is broken
+            fail(f"--resume: {out}/state.pt cannot be read ({error!r}); --overwrite starts anew")
         model, _ = load_model(out / "before", config.device)
     else:
         state = {"epoch": 0, "history": []}

@@ -41,12 +41,13 @@ from tqdm import tqdm
 
 METHOD = "freeze"
 # What a parameter is for, by its name. Of two that fit the first holds: a norm inside attention
-# is a norm. What fits none has the role "other", which no other name but "all" includes.
+# is a norm. What fits none of the others is trained only if it is named, or all is.
 ROLES = {"norms": r"(norm|norm_\w+|\.ln_\w+)\.",
          "attention": r"\.(attn|attention|self_attn|self_attention)\.",
          "mlp": r"\.(mlp|ffn|feed_forward|fc1|fc2)\.",
          "embeddings": r"\.(wte|wpe|embed_\w+|word_embeddings|project_in)\.",
-         "head": r"(lm_head|embed_out|project_out)\."}
+         "head": r"(lm_head|embed_out|project_out)\.",
+         "other": r"."}
 # What the command line leaves open: for the invented world, and for real models.
 TINY = {"epochs": 60, "batch_size": 64, "learning_rate": 4e-4}
 REAL = {"epochs": 8, "batch_size": 32, "learning_rate": 5e-5}
@@ -343,11 +344,10 @@ def l2_to_before(model, before, batch, counts, config):
 
 
 def role_of(name):
-    """The role of a parameter, by its name: of ROLES, or other."""
+    """The role of a parameter, by its name."""
     for role, pattern in ROLES.items():
         if re.search(pattern, name):
             return role
-    return "other"
 
 
 def split_parameters(model, config):
@@ -364,7 +364,7 @@ def split_parameters(model, config):
         if span is None or not int(span[1]) <= int(span[2]) <= last:
             fail(f"--layers {config.layers}: must be A-B, of the blocks 0 to {last}")
         first, last = int(span[1]), int(span[2])
-    split = {role: [] for role in [*ROLES, "other"]}
+    split = {role: [] for role in ROLES}
     for name in parameters:
         if first <= blocks[name] <= last:
             split[role_of(name)].append(name)
@@ -390,15 +390,19 @@ def freeze(model, config):
     for role in wanted:
         # A name that matches nothing would freeze everything without a word.
         if role not in roles:
-            fail(f"--trainable {role}: no such weights in --layers {config.layers}: only {roles}")
+            fail(f"--trainable {role}: no such weights; with --layers {config.layers}: {roles}")
         trained.update(split[role])
     # Both ways: a model that was loaded again is frozen again.
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     for role in roles:
-        sizes = [model.get_parameter(name).numel() for name in split[role]]
-        is_trained = "trained" if trained.issuperset(split[role]) else "frozen"
-        print(f"{role:10} {sum(sizes):>13,} weights, {is_trained}")
+        n_all, n_trained = 0, 0
+        for name in split[role]:
+            parameter = model.get_parameter(name)
+            n_all += parameter.numel()
+            if parameter.requires_grad:
+                n_trained += parameter.numel()
+        print(f"{role:10} {n_trained:>13,} of {n_all:>13,} weights are trained")
 
 
 # ------------------------------------------------------------------------------------- training
@@ -437,12 +441,11 @@ def run_stage(stage, model, examples, loss_function, config, state):
     optimizer = make_optimizer(model, config)
     # fp16 loses gradients below 6e-8, so its loss is scaled up; elsewhere this does nothing.
     scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
-    done = state["epoch"]
-    if done:        # stage 2, resumed
+    if state["epoch"] > 0:      # stage 2, resumed
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-    for epoch in range(done + 1, epochs + 1):
+    for epoch in range(state["epoch"] + 1, epochs + 1):
         windows = make_windows(examples, stage, epoch, config)
         metrics = {"stage": stage, "epoch": epoch}
         bar = tqdm(windows, f"stage {stage}, epoch {epoch} of {epochs}", leave=False, disable=None)
@@ -462,8 +465,9 @@ def run_stage(stage, model, examples, loss_function, config, state):
                 scaler.scale(loss).backward()
                 for name, term in terms.items():
                     logged[name] = logged.get(name, 0) + term.detach()
+            lr = get_lr(step, epochs * len(windows), config)
             for group in optimizer.param_groups:
-                group["lr"] = get_lr(step, epochs * len(windows), config)
+                group["lr"] = lr
             scaler.unscale_(optimizer)          # so that the gradient itself is clipped
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             # One read from the GPU a step: each makes Python wait for all that it was given to do.
@@ -534,14 +538,14 @@ def open_folder(inputs, run, config):
     if finished and config.resume:
         print(f"{config.out} is finished: there is nothing to resume")
         raise SystemExit(0)
-    is_run = finished or (out / "unfinished.json").exists()
-    if out.exists():
+    is_run = finished or any(out.glob("unfinished.json*"))
+    if any(out.glob("*")):
         if not is_run or not (config.overwrite or config.resume):
             fail(f"--out {config.out}: exists already; only a run can be deleted, by --overwrite, "
                  "or continued, by --resume")
-        can_go_on = config.resume and (out / "state.pt").exists()
-        if not can_go_on:               # a run that ended in stage 1 begins anew
-            shutil.rmtree(out)
+        if config.resume and (out / "state.pt").exists():
+            return out
+        shutil.rmtree(out)              # a run that ended in stage 1 begins anew
     out.mkdir(parents=True, exist_ok=True)
     write_jsonl(out / "unfinished.json", [run])
     return out
@@ -567,8 +571,7 @@ def train(config):
     run = {"method": METHOD, "config": asdict(config)}
     evaluator = beside("eval_hallucination")
     if evaluator is not None:
-        # It refuses held-out facts that are trained on, facts that were labelled for another
-        # model, and --resume with other settings or data.
+        # Refuses held-out facts that are trained on, and --resume with other settings or data.
         run |= evaluator.check_run(model, start, files, sets, run)
     # All input has been read and checked; only now is --out written to.
     out = open_folder([start, *files.values()], run, config)
@@ -584,10 +587,12 @@ def train(config):
     def plain(batch, counts):
         return cross_entropy(model, last_hidden(model, batch), batch, counts)
 
-    # Stage 1: the form of the task, from known facts. What comes out is the model before, kept
-    # as a checkpoint: --resume starts stage 2 from it, and what was forgotten is measured on it.
+    # Stage 1: the form of the task, from known facts. Its result is kept as out/before.
     if (out / "state.pt").exists():     # then before/ is complete: it was written first
-        state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+        except Exception as error:      # many kinds, by what is broken
+            fail(f"--resume: {out}/state.pt cannot be read ({error!r}); --overwrite starts anew")
         model, _ = load_model(out / "before", config.device)
         freeze(model, config)
     else:
@@ -605,7 +610,6 @@ def train(config):
     loss_function = plain
     if config.l2 is not None:
         before = copy_trained(model)
-
         def loss_function(batch, counts):
             return l2_to_before(model, before, batch, counts, config)
 

@@ -31,9 +31,7 @@ import sft_baseline
 import sft_selfdistill
 
 SHAPE = "the shape of gpt2-medium"
-DISTILLED = {f"self-distillation, {teacher}, {scope}": {"teacher": teacher, "kl_scope": scope}
-             for scope in ("completion", "all") for teacher in ("cached", "live")}
-CASES = ["baseline", "baseline, logits everywhere", *DISTILLED, "baseline, gradient checkpointing", "TRL SFTTrainer"]
+CASES = ["baseline", "baseline, logits everywhere", "self-distillation", "TRL SFTTrainer"]
 
 
 def make_model(name):
@@ -54,37 +52,41 @@ def make_rows(args, n):
 
 def time_scripts(case, args):
     """A run of one of this project's scripts: {"seconds" a step, "cache" seconds for the rows of a step, "flops" a step}."""
-    module = sft_selfdistill if case in DISTILLED else sft_baseline
-    more = {"kl_weight": 4.0} | DISTILLED[case] if case in DISTILLED else {}
-    config = module.Config(batch_size=args.batch_size, learning_rate=1e-5, **more)
-    (model, tokenizer), device, dtype = make_model(args.model), torch.device("cpu"), getattr(torch, args.dtype)
+    module = sft_selfdistill if case == "self-distillation" else sft_baseline
+    config = module.Config(batch_size=args.batch_size, learning_rate=1e-5, epochs=1, device="cpu", dtype=args.dtype)
+    model, tokenizer = make_model(args.model)
     n = args.batch_size * (args.steps + 2)
     if args.facts:
-        rows = module.encode(tokenizer, make_rows(args, n), math.inf)
+        with tempfile.TemporaryDirectory() as folder:
+            rows = Path(folder) / "rows.jsonl"
+            rows.write_text("".join(json.dumps(row) + "\n" for row in make_rows(args, n)))
+            examples = module.read_examples(rows, tokenizer, math.inf)
     else:                                                                   # 40 tokens, of which ten are supervised
-        draw = random.Random(0)
-        rows = [(tuple(draw.choices(range(model.config.vocab_size), k=40)), 30) for _ in range(n)]
-    if case.endswith("checkpointing"):
-        module.checkpoint_blocks(model)
-    trunk, head = module.split_model(model, module.collate(rows[:2], device))
-    loss, cache = lambda batch, window: module.cross_entropy(head(trunk(batch, batch["supervised"])), batch, window), 0.0
+        draw, examples = random.Random(0), []
+        for _ in range(n):
+            ids = torch.tensor(draw.choices(range(model.config.vocab_size), k=40))
+            examples.append({"ids": ids, "real": torch.ones_like(ids), "supervised": torch.arange(40) >= 30})
+    cache = 0.0
+    loss = lambda batch, counts: module.cross_entropy(model, module.last_hidden(model, batch), batch, counts)
     if case.endswith("everywhere"):
-        loss = lambda batch, window: module.cross_entropy(
-            model(input_ids=batch["ids"], attention_mask=batch["attention"], use_cache=False).logits[:, :-1][batch["supervised"]],
-            batch, window)
-    if case in DISTILLED:
-        started = time.perf_counter()
-        teacher = module.make_teacher(model, trunk, head, rows, device, dtype, config)
+        def loss(batch, counts):
+            logits = model(input_ids=batch["ids"], attention_mask=batch["real"], use_cache=False).logits[:, :-1]
+            mask = batch["supervised"][:, 1:]
+            ce = torch.nn.functional.cross_entropy(logits[mask].float(), batch["ids"][:, 1:][mask], reduction="sum") / counts["supervised"]
+            return ce, {"ce": ce}
+    if module is sft_selfdistill:
+        config.kl_weight, started = 4.0, time.perf_counter()
+        head = module.cache_teacher(model, examples, config)
         cache = time.perf_counter() - started
-        loss = lambda batch, window: module.self_distillation(trunk, head, teacher, batch, window, config)
+        loss = lambda batch, counts: module.self_distillation(model, head, batch, counts, config)
     stamps = []
-    clocked = lambda batch, window: stamps.append(time.perf_counter()) or loss(batch, window)
-    run = lambda rows: module.run_stage(2, model, rows, 1, clocked, lambda *_: {}, [], device, dtype, config)
-    run(rows)                                                               # from loss to loss is a step
+    clocked = lambda batch, counts: stamps.append(time.perf_counter()) or loss(batch, counts)
+    run = lambda examples: list(module.run_stage(2, model, examples, clocked, config, {"epoch": 0}))
+    run(examples)                                                           # from loss to loss is a step
     flops = FlopCounterMode(display=False)
     if case == "baseline":
         with flops:
-            run(rows[:config.batch_size])
+            run(examples[:config.batch_size])
     return {"seconds": time_of(stamps, args), "cache": cache / (args.steps + 2), "flops": flops.get_total_flops()}
 
 
@@ -132,7 +134,7 @@ def sample_answers(model, tokenizer, prefix, facts, batch_size, samples):
     prompts = [prefix + make_facts.to_row(fact)["prompt"] for fact in facts]
     eval_hallucination.generate_answers(model, tokenizer, prompts, batch_size=batch_size)
     for prompt in prompts:
-        ids = torch.tensor([eval_hallucination.encode_prompt(tokenizer, prompt)])
+        ids = torch.tensor([eval_hallucination.tokenize(tokenizer, prompt)[0]])
         model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=0.5, top_k=0, top_p=1.0, max_new_tokens=16,
                        num_return_sequences=samples, eos_token_id=stops, pad_token_id=stops[0])
 

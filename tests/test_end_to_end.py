@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, call, refused, rows_of, run
-from torch.utils.checkpoint import checkpoint
 
 import eval_hallucination
 import make_facts
@@ -22,7 +21,7 @@ def test_run_folder(workplace, method):
     name = method.removeprefix("sft_")
     done = call(workplace, method, "--epochs", 2, "--accumulate", 2, "--batch-size", 16)
     out = workplace / "runs" / f"{name}-tiny-0"
-    assert done.stdout.strip().endswith(f"saved runs/{name}-tiny-0") and "learning_rate = 0.0004" in done.stdout
+    assert done.stdout.strip().endswith(f"saved runs/{name}-tiny-0") and "learning_rate=0.0004" in done.stdout
     metrics, answers, stored = rows_of(out / "metrics.jsonl"), rows_of(out / "answers.jsonl"), json.loads((out / "run.json").read_text())
     assert [(m["stage"], m["epoch"]) for m in metrics] == [(1, 1), (2, 0), (2, 1), (2, 2)]
     heldout = rows_of(workplace / "facts/tiny/heldout_known.jsonl")
@@ -36,15 +35,17 @@ def test_run_folder(workplace, method):
     assert eval_hallucination.evaluate(model, tokenizer, heldout)["accuracy"] == pytest.approx(metrics[-1]["heldout"])
     scored = json.loads(call(workplace, "eval_hallucination", "--model", out, "--facts", "facts/tiny", "--json").stdout)
     assert {key: scored[key]["accuracy"] for key in make_facts.SETS} == pytest.approx({key: metrics[-1][key] for key in make_facts.SETS})
-    assert not list(out.glob("stage-*"))
+    # and so is the model before
+    before = eval_hallucination.load_model(out / "before")
+    assert eval_hallucination.evaluate(*before, heldout)["accuracy"] == pytest.approx(metrics[1]["heldout"])
+    assert not list(out.glob("epoch-*")) and not list(out.glob("state*")) and not list(out.glob("*tmp*"))
     # not twice into one folder
     assert "--overwrite" in refused(workplace, method, "--epochs", 1)
     assert rows_of(out / "metrics.jsonl") == metrics
     call(workplace, method, "--epochs", 1, "--overwrite", "--save-every-epoch")
     assert [m["epoch"] for m in rows_of(out / "metrics.jsonl")] == [1, 0, 1]
-    assert {path.name for path in out.glob("stage-*")} == {"stage-1-epoch-1", "stage-2-epoch-1"}
-    assert (out / "stage-2-epoch-1/model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
-    assert len(eval_hallucination.load_model(out / "stage-1-epoch-1")[1]) == len(tokenizer)
+    assert (out / "epoch-1/model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert len(eval_hallucination.load_model(out / "epoch-1")[1]) == len(tokenizer)
     call(workplace, method, "--epochs", 1, "--overwrite", "--format-epochs", 0)
     assert [m["epoch"] for m in rows_of(out / "metrics.jsonl")] == [0, 1]
     assert [p.name for p in (workplace / "runs").iterdir()] == [out.name]
@@ -59,18 +60,6 @@ def test_same_seed_same_run(workplace, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_gradient_checkpointing_changes_nothing(workplace, monkeypatch, method):
-    module, calls = importlib.import_module(method), []
-    again = lambda *args, **more: calls.append(args) or checkpoint(*args, **more)
-    monkeypatch.setattr(module, "checkpoint", again)
-    call(workplace, method, "--epochs", 1, "--out", "a")
-    assert not calls
-    call(workplace, method, "--epochs", 1, "--out", "b", "--gradient-checkpointing")
-    assert (workplace / "a/model.safetensors").read_bytes() == (workplace / "b/model.safetensors").read_bytes()
-    assert len({id(block.__self__) for block, *_ in calls}) == 3                         # the blocks of the small world's model
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_alone_in_an_empty_folder(tmp_path, world, method):
     """A copied script needs nothing of this project: one's own rows, an ordinary checkpoint."""
     shutil.copy(ROOT / f"{method}.py", tmp_path)
@@ -78,7 +67,9 @@ def test_alone_in_an_empty_folder(tmp_path, world, method):
     mine = [{"prompt": f"Q: Who made {x}?\nA:", "completion": f" {x}"} for x in ("Ulm", "Köln", "Bonn")]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in mine), encoding="utf-8")
     done = run(tmp_path, f"{method}.py", "--model", "my-model", "--train", "mine.jsonl", "--epochs", 2, "--out", "tuned")
-    assert "stage 1 skipped" in done.stdout and "accuracy not measured" in done.stdout
+    assert done.stdout.splitlines()[-1] == "saved tuned" and not (tmp_path / "tuned/answers.jsonl").exists()
+    assert "--train" in run(tmp_path, f"{method}.py", "--model", "my-model", ok=False).stderr        # no facts without make_facts.py
+    assert json.loads(call(tmp_path, "eval_hallucination", "tuned", "--json").stdout)[0]["heldout_n"] == 0
     model, tokenizer = eval_hallucination.load_model(tmp_path / "tuned")
     assert rows_of(tmp_path / "tuned/metrics.jsonl")[-1]["ce"] > 0
     # with the known and held-out rows of a fact folder both stages run, and accuracy is measured on what there is
@@ -113,7 +104,7 @@ def test_hub_name_from_the_cache(workplace, world, monkeypatch):
     codes = [r["subject"] for r in rows_of(workplace / "facts/gpt2-medium/train_unknown.jsonl")]
     assert all(re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", c) for c in codes)
     done = run(workplace, "sft_selfdistill.py", "--model", "gpt2-medium", "--epochs", 1)
-    assert "learning_rate = 5e-05" in done.stdout and "saved runs/selfdistill-gpt2-medium-0" in done.stdout
+    assert "learning_rate=5e-05" in done.stdout and "saved runs/selfdistill-gpt2-medium-0" in done.stdout
 
 
 def test_labels_and_worlds_are_kept(workplace, world):
@@ -128,8 +119,8 @@ def test_labels_and_worlds_are_kept(workplace, world):
 
 
 @pytest.mark.parametrize("script, shown", [
-    *((method, ["0.0004, 5e-05", "60, 8", "64, 32", "runs/", "(default: auto)", "(default: 1.0)"]) for method in METHODS),
-    ("sft_selfdistill", ["12.0, 4.0"]), ("make_facts", ["400 for tiny", "minutes on a GPU"]), ("eval_hallucination", ["default: 64"])])
+    *((method, ["default: 4e-4 for tiny, else 5e-5", "default: 60 for tiny, else 8", "runs/", "(default: auto)", "(default: 1.0)", "--batch-size"]) for method in METHODS),
+    ("sft_selfdistill", ["default: 12 for tiny, else 4"]), ("make_facts", ["400 for tiny", "minutes on a GPU"]), ("eval_hallucination", ["default: 64"])])
 def test_help_shows_every_default(script, shown, capsys):
     module = importlib.import_module(script)
     with pytest.raises(SystemExit) as stopped:
@@ -160,7 +151,7 @@ def test_readme_commands(workplace, world):
     (popqa / "test.tsv").write_text(table, encoding="utf-8")
     (workplace / "my.jsonl").write_text('{"prompt": "Q: Who made Ulm?\\nA:", "completion": " Ulm\\n"}\n', encoding="utf-8")
     # the shell expands loops, variables and patterns, and says which commands it would run
-    say = 'python() { printf "%s\\0" "$@"; printf "\\n"; }; pip() { :; }; pytest() { :; }; torchrun() { shift; python "$@"; }; '
+    say = 'python() { printf "%s\\0" "$@"; printf "\\n"; }; pip() { :; }; pytest() { :; }; '
     for block in blocks:
         block = re.sub(r'(for \w+ in) ("[^"]*"|\S+)[^;\n]*;', r"\1 \2;", block)          # loops: the first round
         if not PICTURES:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import call, refused
-from eval_hallucination import (ORIGINS, accepted_answers, compare, curves, draw, drift, encode_prompt, evaluate, exact_match,
+from eval_hallucination import (ORIGINS, accepted_answers, compare, curves, draw, drift, evaluate, exact_match,
                                 generate_answers, grouped, interaction, labels, load_model, mcnemar, normalize, provenance,
-                                read_jsonl, read_run, setting, show, show_curves, spread, stop_ids, trained_facts, wilson)
+                                read_jsonl, read_run, setting, show, show_curves, spread, stop_ids, tokenize, trained_facts, wilson)
 
 
 def test_normalize_and_exact_match():
@@ -42,7 +42,7 @@ def test_mcnemar_by_hand():
 
 def greedy_by_hand(model, tokenizer, prompt, n):
     """Token by token, without padding, cache or generate."""
-    ids, stops = encode_prompt(tokenizer, prompt), stop_ids(tokenizer, model)
+    ids, stops = tokenize(tokenizer, prompt)[0], stop_ids(tokenizer, model)
     answer = []
     for _ in range(n):
         with torch.no_grad():
@@ -143,7 +143,7 @@ def test_provenance_by_hand(tmp_path):
     data = {}
     for key, rows in (("unknown", unknown), ("known", known)):
         (tmp_path / f"train_{key}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-        data[key] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        data[key] = hashlib.sha256((tmp_path / f"train_{key}.jsonl").read_bytes()).hexdigest()
     answers = [fact(s, "job", a) | {"before": a, "after": b, "right_before": True, "right_after": a == b} for s, a, b in heldout]
     run = {"run": {"config": CONFIG | {"facts": str(tmp_path)}, "data": data | {"heldout": "x"}}, "answers": answers}
     run["trained"] = trained_facts(run["run"])
@@ -161,7 +161,7 @@ def test_provenance_by_hand(tmp_path):
 
 
 def test_show_and_ask(workplace):
-    """What a user sees: the table, origins, examples; one question to the start model and to two runs."""
+    """What a user sees: the table, origins, examples; one question to two runs, before and after."""
     for method in ("sft_baseline", "sft_freeze"):
         call(workplace, method, "--epochs", 12, "--learning-rate", 4e-3, "--out", f"runs/{method}")
     done = call(workplace, "eval_hallucination", "runs/sft_baseline", "--show", 2, "runs/sft_freeze")
@@ -175,16 +175,16 @@ def test_show_and_ask(workplace):
     question = answers[0]["prompt"][3:-3]
     done = call(workplace, "eval_hallucination", "runs/sft_baseline", "runs/sft_freeze", "--ask", question)
     said = dict(re.split(r" {2,}", line, maxsplit=1) for line in done.stdout.splitlines())
-    assert said["facts/tiny/base (start)"] == answers[0]["answers"][0] and said["runs/sft_baseline"] == answers[0]["after"]
-    assert len(said) == 3
+    assert said["runs/sft_baseline/before"] == answers[0]["before"] and said["runs/sft_baseline"] == answers[0]["after"]
+    assert list(said) == [f"runs/sft_{name}" for name in ("baseline/before", "baseline", "freeze/before", "freeze")]
     for words, named in ((["--show", -1], "--show -1"), (["--model", "x", "--facts", "facts/tiny", "--ask", "Who?"], "--ask")):
         assert named in refused(workplace, "eval_hallucination", *(["runs/sft_freeze"] if "--model" not in words else []), *words)
 
 
 def conditions(folder, base, world):
     """Runs by hand of the small world: "semantic" is the start model itself, "uuid" has other weights and kept one fact less."""
-    heldout, unknown = (read_jsonl(world / f"{name}.jsonl") for name in ("heldout_known", "train_unknown"))
-    sha = lambda rows: hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    heldout = read_jsonl(world / "heldout_known.jsonl")
+    sha = lambda name: hashlib.sha256((world / f"{name}.jsonl").read_bytes()).hexdigest()
     torch.manual_seed(0)
     for kind, noise, lost in (("semantic", 0.0, "name"), ("uuid", 0.05, "code")):
         shutil.copytree(world, folder / f"facts-{kind}")
@@ -193,13 +193,13 @@ def conditions(folder, base, world):
         out, model = folder / f"{kind}-0", copy.deepcopy(base[0])
         for p in model.parameters():
             p.data += noise * torch.randn_like(p)
-        for checkpoint, weights in ((out, model), (out / "stage-1-epoch-1", base[0]), (out / "stage-2-epoch-10", model)):
+        for checkpoint, weights in ((out, model), (out / "before", base[0]), (out / "epoch-10", model)):
             weights.save_pretrained(checkpoint)
             base[1].save_pretrained(checkpoint)
         answers = [row | {"before": "x", "after": "y", "right_before": True, "right_after": i > 4 or row["kind"] != lost}
                    for i, row in enumerate(sorted(heldout, key=lambda row: row["kind"], reverse=kind == "semantic"))]
         answers.sort(key=lambda row: row["prompt"])
-        run = {"method": "baseline", "data": {"heldout": sha(heldout), "unknown": sha(unknown)},
+        run = {"method": "baseline", "data": {"heldout": sha("heldout_known"), "unknown": sha("train_unknown")},
                "config": CONFIG | {"facts": str(folder / f"facts-{kind}")}}
         metrics = {"stage": 2, "epoch": 10, "unknown": 1.0, "known": 1.0, "heldout": 0.9}
         for name, rows in (("run.json", [run]), ("metrics.jsonl", [metrics]), ("answers.jsonl", answers)):

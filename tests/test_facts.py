@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from eval_hallucination import encode_prompt, exact_match, generate_answers, read_jsonl, stop_ids
+from eval_hallucination import exact_match, generate_answers, read_jsonl, stop_ids, tokenize
 
 import make_facts
 
@@ -44,7 +44,7 @@ def test_probability_equals_sampling(base, labelled):
     facts = [f | {"question": f["question"].replace(f["subject"], f["subject"][:2] + "7E"), "answers": f["answers"]} for f in facts]
     stops, n = stop_ids(tokenizer, model), 4000
     for fact in facts:
-        ids = torch.tensor([encode_prompt(tokenizer, make_facts.to_row(fact)["prompt"])])
+        ids = torch.tensor([tokenize(tokenizer, make_facts.to_row(fact)["prompt"])[0]])
         probabilities = torch.softmax(model(ids).logits[0, -1].float() / 0.5, -1)
         likely = tokenizer.decode(probabilities.argsort()[-2]).strip()                # neither certain nor impossible
         fact["answers"] = [likely, "Nobody"]

@@ -1,5 +1,8 @@
 """Bad input: every script ends in one clear line on stderr, exit status 2, and leaves all files as they were."""
+import contextlib
 import http.server
+import importlib.util
+import io
 import json
 import shutil
 import subprocess
@@ -9,27 +12,31 @@ import threading
 import pytest
 import torch
 import transformers
-from conftest import Bomb, call, furnish, refused, rows_of, run
+from conftest import ROOT, Bomb, call, furnish, refused, rows_of, run
 
 METHODS = ["sft_baseline", "sft_selfdistill", "sft_freeze"]
 GOOD = '{"prompt": "Q: Who?\\nA:", "completion": " He\\n"}\n'
 ROWS = {            # name: (content, what the error names)
-    "empty": ("", ["empty.jsonl: empty"]), "blank": (" \n\n", ["blank.jsonl: empty"]),
+    "empty": ("", ["no rows to train on", "empty.jsonl"]), "blank": (" \n\n", ["no rows to train on"]),
     "words": (GOOD + "{not json}\n", ["words.jsonl:2", "{not json}"]), "cut": (GOOD + GOOD[:30], ["cut.jsonl:2", GOOD[:20]]),
-    "binary": (bytes(range(256)), ["binary.jsonl:"]), "latin": (b'\n{"prompt": "K\xf6ln", "completion": " x"}\n', ["latin.jsonl:2", "UTF-8"]),
-    "list": ("[1]\n", ["list.jsonl:1", "[1]"]), "columns": ('{"prompt": "Q"}\n', ["columns.jsonl:1", "no object with text under prompt and completion"]),
-    "number": ('\n{"prompt": "Q", "completion": 3}\n', ["number.jsonl:2", "no object with text"]), "null": (GOOD.replace('" He\\n"', "null"), ["null.jsonl:1"]),
-    "no-prompt": (GOOD.replace("Q: Who?\\nA:", " "), ["no-prompt.jsonl:1", "no object with text"]),
-    "no-answer": (GOOD.replace(" He\\n", "\\n"), ["no-answer.jsonl:1", "no object with text"]),
-    "twice": (GOOD + "\n" + GOOD, ["twice.jsonl:3", "twice.jsonl:1", "answers"]),
-    "two-answers": (GOOD + GOOD.replace("He", "She"), ["two-answers.jsonl:2", "two-answers.jsonl:1", "answers"]),
-    "subject": (GOOD.replace("}", ', "subject": 7}'), ["subject.jsonl:1", "subject and relation"]),
-    "list-subject": (GOOD.replace("}", ', "subject": []}'), ["list-subject.jsonl:1", "subject and relation"]),
-    "half-anywhere": (GOOD.replace("}", ', "note": "\\ud83d"}'), ["half-anywhere.jsonl:1", "surrogates"]),
-    "only-bos": (GOOD.replace("Q: Who?\\nA:", "<|endoftext|>"), ["only-bos.jsonl:1", "no token"]), "half-a-character": (GOOD.replace("Who", "\\ud800"), ["half-a-character.jsonl:1", "surrogates"]),
-    "deep": ("[" * 10 ** 5 + "\n", ["deep.jsonl:1"]),
-    "no-token": (GOOD + GOOD.replace("Who", "Why").replace(" He\\n", "\u200b"), ["no-token.jsonl:2", "no token", "Why"]),
-    "long": (GOOD + "".join(GOOD.replace("Who", "Who " * n) for n in (300, 200)), ["2 of 3 rows", "long.jsonl:2 the longest", "--max-length"])}
+    "binary": (bytes(range(256)), ["binary.jsonl:"]), "latin": (b'\n{"prompt": "K\xf6ln", "completion": " x"}\n', ["latin.jsonl:2", "UnicodeDecodeError"]),
+    "list": ("[1]\n", ["list.jsonl:1", "[1]"]), "columns": ('{"prompt": "Q"}\n', ["columns.jsonl:1", "KeyError('completion')", "text under prompt and completion"]),
+    "number": ('\n{"prompt": "Q", "completion": 3}\n', ["number.jsonl:2"]), "numbers": ('{"prompt": 1, "completion": 3}\n', ["numbers.jsonl:1"]),
+    "lists": ('{"prompt": ["Q"], "completion": ["A"]}\n', ["lists.jsonl:1"]), "null": (GOOD.replace('" He\\n"', "null"), ["null.jsonl:1"]),
+    "no-prompt": (GOOD.replace("Q: Who?\\nA:", ""), ["no-prompt.jsonl:1", "nothing in it"]),
+    "no-answer": (GOOD.replace(" He\\n", "\\n"), ["no-answer.jsonl:1", "nothing in it"]),
+    "half-a-character": (GOOD.replace("Who", "\\ud800"), ["half-a-character.jsonl:1"]), "deep": ("[" * 10 ** 5 + "\n", ["deep.jsonl:1"]),
+    "no-token": (GOOD + GOOD.replace("Who", "Why").replace(" He\\n", "\u200b"), ["no-token.jsonl:2", "nothing in it", "Why"]),
+    "messages": ('{"messages": [{"role": "user", "content": "Who?"}]}\n', ["messages.jsonl:1", '{"messages"', "README"]),
+    "alpaca": ('{"instruction": "Who?", "input": "", "output": "He"}\n', ["alpaca.jsonl:1", '{"instruction"']),
+    "text": ('{"text": "Q: Who?\\nA: He"}\n', ["text.jsonl:1", '{"text"']),
+    "long": (GOOD + "".join(GOOD.replace("Who", "Who " * n) for n in (200, 300)), ["long.jsonl:2", "the model reads 128"])}
+MEASURED = {        # what makes a measurement wrong is refused where accuracy is measured: by all that has eval_hallucination.py
+    "answers": (GOOD.replace("}", ', "answers": [7]}'), ["answers.jsonl", "Q: Who?", "7 is no text"]),
+    "answers-dict": (GOOD.replace("}", ', "answers": {"a": "He"}}'), ["answers-dict.jsonl", "is no text"]),
+    "subject": (GOOD.replace("}", ', "subject": 7}'), ["subject.jsonl", "7 is no text"]),
+    "half-anywhere": (GOOD.replace("}", ', "note": "\\ud83d"}'), ["half-anywhere.jsonl", "surrogates"])}
+ROWS |= MEASURED
 
 
 TABLES = {
@@ -62,10 +69,13 @@ def models(tmp_path_factory, world):
     model = transformers.AutoModelForCausalLM.from_pretrained(ok)
     some = {name: w for name, w in model.state_dict().items() if ".h.1.attn" not in name and name != "lm_head.weight"}
     model.save_pretrained(workplace / "some-weights", state_dict=some)
+    model.transformer.wte.weight.data += 1
+    model.save_pretrained(workplace / "other")
     model.resize_token_embeddings(90)
     model.save_pretrained(workplace / "few-embeddings")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ok / file, workplace / "few-embeddings")
+        shutil.copy(ok / file, workplace / "other")
     size = {"vocab_size": 1000, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     for name, kind in (("encoder", transformers.BertForMaskedLM(transformers.BertConfig(**size))),
                        ("encoder-decoder", transformers.T5ForConditionalGeneration(transformers.T5Config(d_model=16, d_ff=16, num_layers=1)))):
@@ -89,16 +99,20 @@ FOLDERS = {"no-such-model": [], "facts": [], "no-weights": [], "no-tokenizer": [
            "some-weights": ["missing", ".h.1.attn"], "few-embeddings": ["tokens, the model 90"], "encoder": ["not causal"],
            "encoder-decoder": [], "pickle": [], "remote": []}
 FLAGS = {           # a flag out of range: what the error names
-    "--epochs 0": ["at least 1"], "--epochs two": ["two"], "--batch-size 0": ["at least 1"], "--learning-rate nan": ["nan"],
-    "--learning-rate -1": ["--learning-rate -1"], "--warmup 1.5": ["at least 0 and at most 1"], "--no-such-flag": ["--no-such-flag"],
-    "--device abacus": ["abacus"], "--dtype int4": ["int4", "bfloat16"], "--max-length 1": ["at least 2"], "--max-length 2": ["--max-length"],
-    "--train rows/good.jsonl --heldout rows/good.jsonl": ["good.jsonl:1"],
-    "--known facts/tiny/labelled.jsonl": ["heldout_known.jsonl:1", "labelled.jsonl:"],
-    "--train rows/good.jsonl --no-unknown --model ok": ["--known"],
-    "--train rows/shared.jsonl --heldout facts/tiny/heldout_known.jsonl": ["4 held-out facts", "heldout_known.jsonl"],
+    "--epochs 0": ["from 1 to"], "--epochs two": ["two"], "--batch-size 0": ["from 1 to"], "--learning-rate nan": ["nan"],
+    "--learning-rate -1": ["--learning-rate -1"], "--learning-rate inf": ["inf"], "--warmup 1.5": ["from 0 to 1"], "--no-such-flag": ["--no-such-flag"],
+    "--grad-clip 0": ["--grad-clip 0"], "--seed -1": ["--seed -1"], "--eval-every -1": ["--eval-every -1"],
+    "--device abacus": ["abacus"], "--device cuda": ["--device cuda"], "--dtype int4": ["int4", "bfloat16"],
+    "--train rows/good.jsonl --heldout rows/good.jsonl": ["good.jsonl", "held out and trained on"],
+    "--train rows/good.jsonl --known rows/empty.jsonl": ["empty.jsonl: empty"], "--train rows/good.jsonl --heldout rows/empty.jsonl": ["empty.jsonl: empty"],
+    "--heldout rows/long.jsonl": ["long.jsonl:2", "the model reads 128"],
+    "--known facts/tiny/labelled.jsonl": ["heldout_known.jsonl", "held out and trained on"],
+    "--train rows/good.jsonl --no-unknown --model ok": ["no rows to train on"],
+    "--train rows/shared.jsonl --heldout facts/tiny/heldout_known.jsonl": ["is trained on; take it out", "heldout_known.jsonl"],
     "--train rows": ["rows"], "--model ok --facts rows --train absent.jsonl": ["absent.jsonl"],
-    "--out rows/good.jsonl/x --epochs 1": ["rows/good.jsonl/x"], "--out rows": ["--overwrite"], "--out rows --overwrite": ["run folder"],
-    "--out . --resume": ["run folder"], "--out rows --resume": ["run folder"]}
+    "--model other --facts facts/tiny": ["facts/tiny was made for other weights"],
+    "--out rows/good.jsonl/x --epochs 1": ["rows/good.jsonl/x"], "--out rows": ["--overwrite"], "--out rows --overwrite": ["only a run"],
+    "--out rows --resume": ["only a run"]}
 
 
 SHARED = [*(f"--model ok --train rows/{name}.jsonl" for name in ROWS), *(f"--model {name} --train rows/good.jsonl" for name in FOLDERS)]
@@ -118,7 +132,7 @@ def test_bad_input_of_the_methods(models, method, case):
 
 
 @pytest.mark.parametrize("words, named", [
-    ("--trainable ffn", "there are attention ("), ("--trainable mlp,,", "--trainable :"), ("--layers 2-9", "blocks 0 to 2"), ("--l2 -1", "--l2 -1")])
+    ("--trainable ffn", "['norms', 'attention', 'mlp', 'embeddings', 'head']"), ("--trainable mlp,,", "--trainable :"), ("--layers 2-9", "blocks 0 to 2"), ("--l2 -1", "--l2 -1")])
 def test_bad_input_of_freeze(workplace, words, named):
     before = contents(workplace)
     assert named in refused(workplace, "sft_freeze", *words.split())
@@ -192,12 +206,28 @@ def test_nobody_is_asked_to_trust_code(models):
 
 
 def test_normal_oddities_are_no_errors(models, tmp_path):
-    """A tokenizer smaller than the embeddings, no pad token, rows with a BOM and Windows line ends, cut rows."""
+    """A tokenizer smaller than the embeddings, no pad token, rows with a BOM, Windows line ends, and a prompt that stands twice."""
     model, tokenizer = (cls.from_pretrained(models / "ok") for cls in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer))
     assert tokenizer.pad_token is None
     model.resize_token_embeddings(len(tokenizer) + 7)
     model.save_pretrained(tmp_path / "padded")
     tokenizer.save_pretrained(tmp_path / "padded")
-    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + (GOOD + GOOD.replace("Who", "Why " * 300)).replace("\n", "\r\n").encode())
-    call(tmp_path, "sft_selfdistill", "--model", "padded", "--train", "rows.jsonl", "--epochs", 1, "--max-length", 64, "--out", "x")
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + (GOOD + GOOD.replace("He", "She")).replace("\n", "\r\n").encode())
+    call(tmp_path, "sft_selfdistill", "--model", "padded", "--train", "rows.jsonl", "--epochs", 1, "--out", "x")
     assert rows_of(tmp_path / "x/metrics.jsonl")[-1]["ce"] > 0
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name not in [*MEASURED, "empty", "blank", "no-token"]])
+def test_bad_rows_of_a_script_alone(tmp_path, world, name):
+    """A copied script refuses what it cannot train on without the other files of the project."""
+    shutil.copy(ROOT / "sft_baseline.py", tmp_path / "copied.py")
+    spec = importlib.util.spec_from_file_location("copied", tmp_path / "copied.py")
+    copied = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+    content, named = ROWS[name]
+    (tmp_path / f"{name}.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    done, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(done), contextlib.redirect_stderr(error), pytest.raises(SystemExit) as stopped:
+        copied.main(["--model", str(world / "base"), "--train", str(tmp_path / f"{name}.jsonl"), "--out", str(tmp_path / "x")])
+    assert stopped.value.code == 2 and len(error.getvalue().splitlines()) == 1 and [part for part in named if part not in error.getvalue()] == []
+    assert not (tmp_path / "x").exists()
