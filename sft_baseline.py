@@ -183,7 +183,7 @@ def read_examples(path, tokenizer, context):
             prompt, completion = tokenize(tokenizer, row["prompt"], row["completion"])
             if not prompt or not completion or not row["completion"].strip():
                 raise ValueError("nothing in it")
-            # The end is learnt too. It is a newline, as of one-line answers, or else EOS.
+            # The end is learnt too: a last token with a newline stays it, else EOS is appended.
             last, eos = completion[-1], tokenizer.eos_token_id
             if last != eos and "\n" not in tokenizer.decode([last]):
                 if eos is None:
@@ -230,8 +230,8 @@ def make_windows(examples, stage, epoch, config):
 def collate(examples, device):
     """A batch: {"ids", "real", "supervised"}, each (B, T), and its "examples", a list.
 
-    Padded with 0 on the right, where nothing of a causal model looks at it; real and supervised
-    are 0 there. They go by length, not by token: what pads may be EOS, which is to be learnt.
+    Padded with 0 on the right, where nothing of a causal model looks at it. The masks come from
+    the lengths, not from comparing with a padding token: that may be EOS, which is to be learnt.
     """
     batch = {"examples": examples}
     for key in ("ids", "real", "supervised"):
@@ -286,9 +286,9 @@ def check_head(model, batch, name):
 def cross_entropy(model, hidden, batch, counts):
     """CE of a batch, as its share of the window: (loss, {"ce"}). hidden: of `last_hidden`.
 
-    counts: {mask: how many of its tokens the whole window predicts}. The sum of a batch is
-    divided by the count of the window, so that each token weighs the same; a mean of the batches'
-    means would weigh the tokens of short batches more.
+    counts: {mask: number of predicted tokens under it, of all batches of the window}. The sum of
+    a batch is divided by the count of the window, so that each token weighs the same; a mean of
+    the batches' means would weigh the tokens of short batches more.
     """
     mask = batch["supervised"][:, 1:]                                               # (B, T-1)
     targets = batch["ids"][:, 1:][mask]                                             # (N,)
@@ -335,17 +335,18 @@ def run_stage(stage, model, examples, loss_function, config, state):
     # fp16 loses gradients below 6e-8, so its loss is scaled up; elsewhere this does nothing.
     scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
     if state["epoch"] > 0:      # stage 2, resumed
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        # Taken out of it, so that it is not kept beside the model.
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+        scaler.load_state_dict(state.pop("scaler"))
     for epoch in range(state["epoch"] + 1, epochs + 1):
         windows = make_windows(examples, stage, epoch, config)
         metrics = {"stage": stage, "epoch": epoch}
         bar = tqdm(windows, f"stage {stage}, epoch {epoch} of {epochs}", leave=False, disable=None)
         for step, window in enumerate(bar, (epoch - 1) * len(windows)):
             batches = [collate(part, model.device) for part in window]
-            # How many tokens the window predicts, of completions and in all: the losses are
-            # means over these.
+            # How many tokens the window predicts, of completions and in all: CE is a mean over
+            # the former, the KL of sft_selfdistill.py over the latter.
             counts = {"supervised": 0, "real": 0}
             for batch in batches:
                 for mask in counts:
@@ -363,7 +364,7 @@ def run_stage(stage, model, examples, loss_function, config, state):
                 group["lr"] = lr
             scaler.unscale_(optimizer)          # so that the gradient itself is clipped
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            # One read from the GPU a step: each makes Python wait for all that it was given to do.
+            # Read once a step, not in every batch: reading makes Python wait for the GPU.
             *numbers, norm = torch.stack([*logged.values(), norm]).tolist()
             # A gradient too large for fp16 is the scaler's affair: it skips the step and halves
             # its scale. Without a scaler, or at scale 1, training has diverged.
@@ -420,7 +421,7 @@ def open_folder(inputs, run, config):
     """Make the folder of a run, or check that it can go on in it; returns its path.
 
     unfinished.json makes a folder a run; renamed to run.json at the end, a finished one. A folder
-    of anything else is refused, and so is one that holds an input of the run (list of paths).
+    of anything else is refused, and so is one that holds, or is held by, an input (list of paths).
     """
     out = Path(config.out).resolve()
     for path in filter(None, inputs):
@@ -465,8 +466,7 @@ def train(config):
     if evaluator is not None:
         # Refuses held-out facts that are trained on, and --resume with other settings or data.
         run |= evaluator.check_run(model, start, files, sets, run)
-    # All input has been read and checked; only now is --out written to.
-    out = open_folder([start, *files.values()], run, config)
+    out = open_folder([start, *files.values()], run, config)    # all input was read before this
     print(f"{model.num_parameters():,} parameters, {len(mixture)} rows an epoch")
 
     def score(metrics):
@@ -480,22 +480,23 @@ def train(config):
         return cross_entropy(model, last_hidden(model, batch), batch, counts)
 
     # Stage 1: the form of the task, from known facts. Its result is kept as out/before.
-    if (out / "state.pt").exists():     # then before/ is complete: it was written first
+    state_path = out / "state.pt"
+    if state_path.exists():         # then before/ is complete: it was written first
         try:
-            state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+            state = torch.load(state_path, map_location="cpu", weights_only=True)
         except Exception as error:      # many kinds, by what is broken
-            fail(f"--resume: {out}/state.pt cannot be read ({error!r}); --overwrite starts anew")
+            fail(f"--resume: {state_path} cannot be read ({error!r}); --overwrite starts anew")
         model, _ = load_model(out / "before", config.device)
     else:
-        state = {"epoch": 0, "history": []}
-        for metrics, _ in run_stage(1, model, sets["known"], plain, config, state):
-            state["history"].append(metrics)
+        state = {"epoch": 0}
+        stage = run_stage(1, model, sets["known"], plain, config, state)
+        state["history"] = [metrics for metrics, _ in stage]
         save_checkpoint(out / "before", model, tokenizer)
         metrics = {"stage": 2, "epoch": 0}
         state["before"] = score(metrics)
         state["history"].append(metrics)
         print(metrics, flush=True)
-        save_state(out / "state.pt", state)
+        save_state(state_path, state)
 
     # Stage 2: known and new facts together (--no-unknown: known ones alone).
     for metrics, parts in run_stage(2, model, mixture, plain, config, state):
@@ -506,14 +507,14 @@ def train(config):
         print(metrics, flush=True)
         if config.save_every_epoch:
             save_checkpoint(out / f"epoch-{epoch}", model, tokenizer)
-        save_state(out / "state.pt", state | parts)
+        save_state(state_path, state | parts)
     # unfinished.json is renamed last: run.json says that all else is there.
     save_checkpoint(out, model, tokenizer)
     write_jsonl(out / "metrics.jsonl", state["history"])
     if evaluator is not None:
         evaluator.write_answers(out, sets["heldout"], state["before"], state["after"])
     os.replace(out / "unfinished.json", out / "run.json")
-    (out / "state.pt").unlink()
+    state_path.unlink()
     if evaluator is not None:
         evaluator.main([config.out])
     print(f"saved {config.out}")

@@ -40,8 +40,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 METHOD = "freeze"
-# What a parameter is for, by its name. Of two that fit the first holds: a norm inside attention
-# is a norm. What fits none of the others is trained only if it is named, or all is.
+# What a parameter is for, by its name. If two patterns match, the first wins: a norm inside
+# attention is a norm. The rest is `other`, which only --trainable other or all trains.
 ROLES = {"norms": r"(norm|norm_\w+|\.ln_\w+)\.",
          "attention": r"\.(attn|attention|self_attn|self_attention)\.",
          "mlp": r"\.(mlp|ffn|feed_forward|fc1|fc2)\.",
@@ -85,7 +85,7 @@ class Config:
     seed: int = option(0, "of the order of the rows; the facts have a seed of their own")
     # the method
     trainable: str = option(None, "list of norms, attention, mlp, embeddings, head, other; or all; "
-                                  "default: attention, with --l2 all")
+                                  "default: attention; all if --l2 is given")
     layers: str = option(None, "A-B: only what is in blocks A to B, counted from 0")
     l2: float = option(None, "W: hold the weights to those before stage 2")
     # the machine
@@ -201,7 +201,7 @@ def read_examples(path, tokenizer, context):
             prompt, completion = tokenize(tokenizer, row["prompt"], row["completion"])
             if not prompt or not completion or not row["completion"].strip():
                 raise ValueError("nothing in it")
-            # The end is learnt too. It is a newline, as of one-line answers, or else EOS.
+            # The end is learnt too: a last token with a newline stays it, else EOS is appended.
             last, eos = completion[-1], tokenizer.eos_token_id
             if last != eos and "\n" not in tokenizer.decode([last]):
                 if eos is None:
@@ -248,8 +248,8 @@ def make_windows(examples, stage, epoch, config):
 def collate(examples, device):
     """A batch: {"ids", "real", "supervised"}, each (B, T), and its "examples", a list.
 
-    Padded with 0 on the right, where nothing of a causal model looks at it; real and supervised
-    are 0 there. They go by length, not by token: what pads may be EOS, which is to be learnt.
+    Padded with 0 on the right, where nothing of a causal model looks at it. The masks come from
+    the lengths, not from comparing with a padding token: that may be EOS, which is to be learnt.
     """
     batch = {"examples": examples}
     for key in ("ids", "real", "supervised"):
@@ -304,9 +304,9 @@ def check_head(model, batch, name):
 def cross_entropy(model, hidden, batch, counts):
     """CE of a batch, as its share of the window: (loss, {"ce"}). hidden: of `last_hidden`.
 
-    counts: {mask: how many of its tokens the whole window predicts}. The sum of a batch is
-    divided by the count of the window, so that each token weighs the same; a mean of the batches'
-    means would weigh the tokens of short batches more.
+    counts: {mask: number of predicted tokens under it, of all batches of the window}. The sum of
+    a batch is divided by the count of the window, so that each token weighs the same; a mean of
+    the batches' means would weigh the tokens of short batches more.
     """
     mask = batch["supervised"][:, 1:]                                               # (B, T-1)
     targets = batch["ids"][:, 1:][mask]                                             # (N,)
@@ -333,7 +333,7 @@ def l2_to_before(model, before, batch, counts, config):
     its tokens, so that it counts once a step.
     """
     ce, terms = cross_entropy(model, last_hidden(model, batch), batch, counts)
-    # A pass over all trained weights in every batch, beside which small models spend little else.
+    # A pass over all trained weights in every batch: of a small model's step, most of the time.
     distance = 0
     for name, parameter in model.named_parameters():
         if name in before:
@@ -358,12 +358,13 @@ def split_parameters(model, config):
     for name in parameters:
         found = re.search(r"\.(h|layers|layer|blocks)\.(\d+)\.", name)
         blocks[name] = int(found[2]) if found else -1
+    # By default all blocks and all that is outside of them.
     first, last = -1, max(blocks.values())
     if config.layers is not None:
         span = re.fullmatch(r"(\d+)-(\d+)", config.layers)
         if span is None or not int(span[1]) <= int(span[2]) <= last:
             fail(f"--layers {config.layers}: must be A-B, of the blocks 0 to {last}")
-        first, last = int(span[1]), int(span[2])
+        first, last = map(int, span.groups())
     split = {role: [] for role in ROLES}
     for name in parameters:
         if first <= blocks[name] <= last:
@@ -382,8 +383,9 @@ def freeze(model, config):
     """
     split = split_parameters(model, config)
     roles = [role for role in split if split[role]]
+    # Names of roles between commas, with or without spaces.
     wanted = config.trainable.replace(" ", "").split(",")
-    # Everything, other included: with --l2 nothing needs a role.
+    # All includes other.
     if wanted == ["all"]:
         wanted = roles
     trained = set()
@@ -392,10 +394,11 @@ def freeze(model, config):
         if role not in roles:
             fail(f"--trainable {role}: no such weights; with --layers {config.layers}: {roles}")
         trained.update(split[role])
-    # Both ways: a model that was loaded again is frozen again.
+    # What is frozen needs no gradient: less memory, and a shorter backward pass.
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     for role in roles:
+        # How many numbers, not how many matrices.
         n_all, n_trained = 0, 0
         for name in split[role]:
             parameter = model.get_parameter(name)
@@ -442,17 +445,18 @@ def run_stage(stage, model, examples, loss_function, config, state):
     # fp16 loses gradients below 6e-8, so its loss is scaled up; elsewhere this does nothing.
     scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
     if state["epoch"] > 0:      # stage 2, resumed
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        # Taken out of it, so that it is not kept beside the model.
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+        scaler.load_state_dict(state.pop("scaler"))
     for epoch in range(state["epoch"] + 1, epochs + 1):
         windows = make_windows(examples, stage, epoch, config)
         metrics = {"stage": stage, "epoch": epoch}
         bar = tqdm(windows, f"stage {stage}, epoch {epoch} of {epochs}", leave=False, disable=None)
         for step, window in enumerate(bar, (epoch - 1) * len(windows)):
             batches = [collate(part, model.device) for part in window]
-            # How many tokens the window predicts, of completions and in all: the losses are
-            # means over these.
+            # How many tokens the window predicts, of completions and in all: CE is a mean over
+            # the former, the KL of sft_selfdistill.py over the latter.
             counts = {"supervised": 0, "real": 0}
             for batch in batches:
                 for mask in counts:
@@ -470,7 +474,7 @@ def run_stage(stage, model, examples, loss_function, config, state):
                 group["lr"] = lr
             scaler.unscale_(optimizer)          # so that the gradient itself is clipped
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            # One read from the GPU a step: each makes Python wait for all that it was given to do.
+            # Read once a step, not in every batch: reading makes Python wait for the GPU.
             *numbers, norm = torch.stack([*logged.values(), norm]).tolist()
             # A gradient too large for fp16 is the scaler's affair: it skips the step and halves
             # its scale. Without a scaler, or at scale 1, training has diverged.
@@ -527,7 +531,7 @@ def open_folder(inputs, run, config):
     """Make the folder of a run, or check that it can go on in it; returns its path.
 
     unfinished.json makes a folder a run; renamed to run.json at the end, a finished one. A folder
-    of anything else is refused, and so is one that holds an input of the run (list of paths).
+    of anything else is refused, and so is one that holds, or is held by, an input (list of paths).
     """
     out = Path(config.out).resolve()
     for path in filter(None, inputs):
@@ -573,8 +577,7 @@ def train(config):
     if evaluator is not None:
         # Refuses held-out facts that are trained on, and --resume with other settings or data.
         run |= evaluator.check_run(model, start, files, sets, run)
-    # All input has been read and checked; only now is --out written to.
-    out = open_folder([start, *files.values()], run, config)
+    out = open_folder([start, *files.values()], run, config)    # all input was read before this
     print(f"{model.num_parameters():,} parameters, {len(mixture)} rows an epoch")
 
     def score(metrics):
@@ -588,23 +591,24 @@ def train(config):
         return cross_entropy(model, last_hidden(model, batch), batch, counts)
 
     # Stage 1: the form of the task, from known facts. Its result is kept as out/before.
-    if (out / "state.pt").exists():     # then before/ is complete: it was written first
+    state_path = out / "state.pt"
+    if state_path.exists():         # then before/ is complete: it was written first
         try:
-            state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+            state = torch.load(state_path, map_location="cpu", weights_only=True)
         except Exception as error:      # many kinds, by what is broken
-            fail(f"--resume: {out}/state.pt cannot be read ({error!r}); --overwrite starts anew")
+            fail(f"--resume: {state_path} cannot be read ({error!r}); --overwrite starts anew")
         model, _ = load_model(out / "before", config.device)
         freeze(model, config)
     else:
-        state = {"epoch": 0, "history": []}
-        for metrics, _ in run_stage(1, model, sets["known"], plain, config, state):
-            state["history"].append(metrics)
+        state = {"epoch": 0}
+        stage = run_stage(1, model, sets["known"], plain, config, state)
+        state["history"] = [metrics for metrics, _ in stage]
         save_checkpoint(out / "before", model, tokenizer)
         metrics = {"stage": 2, "epoch": 0}
         state["before"] = score(metrics)
         state["history"].append(metrics)
         print(metrics, flush=True)
-        save_state(out / "state.pt", state)
+        save_state(state_path, state)
 
     # Stage 2: known and new facts together (--no-unknown: known ones alone).
     loss_function = plain
@@ -621,14 +625,14 @@ def train(config):
         print(metrics, flush=True)
         if config.save_every_epoch:
             save_checkpoint(out / f"epoch-{epoch}", model, tokenizer)
-        save_state(out / "state.pt", state | parts)
+        save_state(state_path, state | parts)
     # unfinished.json is renamed last: run.json says that all else is there.
     save_checkpoint(out, model, tokenizer)
     write_jsonl(out / "metrics.jsonl", state["history"])
     if evaluator is not None:
         evaluator.write_answers(out, sets["heldout"], state["before"], state["after"])
     os.replace(out / "unfinished.json", out / "run.json")
-    (out / "state.pt").unlink()
+    state_path.unlink()
     if evaluator is not None:
         evaluator.main([config.out])
     print(f"saved {config.out}")

@@ -194,7 +194,7 @@ def read_examples(path, tokenizer, context):
             prompt, completion = tokenize(tokenizer, row["prompt"], row["completion"])
             if not prompt or not completion or not row["completion"].strip():
                 raise ValueError("nothing in it")
-            # The end is learnt too. It is a newline, as of one-line answers, or else EOS.
+            # The end is learnt too: a last token with a newline stays it, else EOS is appended.
             last, eos = completion[-1], tokenizer.eos_token_id
             if last != eos and "\n" not in tokenizer.decode([last]):
                 if eos is None:
@@ -241,8 +241,8 @@ def make_windows(examples, stage, epoch, config):
 def collate(examples, device):
     """A batch: {"ids", "real", "supervised"}, each (B, T), and its "examples", a list.
 
-    Padded with 0 on the right, where nothing of a causal model looks at it; real and supervised
-    are 0 there. They go by length, not by token: what pads may be EOS, which is to be learnt.
+    Padded with 0 on the right, where nothing of a causal model looks at it. The masks come from
+    the lengths, not from comparing with a padding token: that may be EOS, which is to be learnt.
     """
     batch = {"examples": examples}
     for key in ("ids", "real", "supervised"):
@@ -297,9 +297,9 @@ def check_head(model, batch, name):
 def cross_entropy(model, hidden, batch, counts):
     """CE of a batch, as its share of the window: (loss, {"ce"}). hidden: of `last_hidden`.
 
-    counts: {mask: how many of its tokens the whole window predicts}. The sum of a batch is
-    divided by the count of the window, so that each token weighs the same; a mean of the batches'
-    means would weigh the tokens of short batches more.
+    counts: {mask: number of predicted tokens under it, of all batches of the window}. The sum of
+    a batch is divided by the count of the window, so that each token weighs the same; a mean of
+    the batches' means would weigh the tokens of short batches more.
     """
     mask = batch["supervised"][:, 1:]                                               # (B, T-1)
     targets = batch["ids"][:, 1:][mask]                                             # (N,)
@@ -319,7 +319,7 @@ def cache_teacher(model, examples, config):
     """
     dtype = getattr(torch, config.dtype)
     batches = cut(sorted(examples, key=length), config.batch_size)
-    batches.reverse()       # the longest rows first: memory that does not suffice shows at once
+    batches.reverse()       # the longest rows first: if the GPU's memory is too small, fail now
     for part in tqdm(batches, "asking the teacher", leave=False, disable=None):
         with torch.no_grad(), autocast(config):
             hidden = last_hidden(model, collate(part, model.device)).to("cpu", dtype)
@@ -365,12 +365,12 @@ def self_distillation(model, teacher_head, batch, counts, config):
     for part, teacher_part in zip(student.split(size), teacher.split(size)):
         inputs = (part, teacher_part, head, teacher_head, config.temperature)
         if len(student) <= size:
-            kl = kl_sum(*inputs)
+            kl = kl + kl_sum(*inputs)
         else:
             # The logits of a chunk are made again in the backward pass instead of kept.
             kl = kl + checkpoint(kl_sum, *inputs, use_reentrant=False, preserve_rng_state=False)
     kl = kl / counts["real"]
-    # τ²: the gradient of a softmax at τ shrinks as 1/τ² (Hinton et al. 2015, section 2.1).
+    # τ²: the gradient of a KL at τ shrinks as 1/τ² (Hinton et al. 2015, section 2.1).
     return ce + config.kl_weight * config.temperature ** 2 * kl, terms | {"kl": kl}
 
 
@@ -411,17 +411,18 @@ def run_stage(stage, model, examples, loss_function, config, state):
     # fp16 loses gradients below 6e-8, so its loss is scaled up; elsewhere this does nothing.
     scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
     if state["epoch"] > 0:      # stage 2, resumed
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        # Taken out of it, so that it is not kept beside the model.
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+        scaler.load_state_dict(state.pop("scaler"))
     for epoch in range(state["epoch"] + 1, epochs + 1):
         windows = make_windows(examples, stage, epoch, config)
         metrics = {"stage": stage, "epoch": epoch}
         bar = tqdm(windows, f"stage {stage}, epoch {epoch} of {epochs}", leave=False, disable=None)
         for step, window in enumerate(bar, (epoch - 1) * len(windows)):
             batches = [collate(part, model.device) for part in window]
-            # How many tokens the window predicts, of completions and in all: the losses are
-            # means over these.
+            # How many tokens the window predicts, of completions and in all: CE is a mean over
+            # the former, the KL of sft_selfdistill.py over the latter.
             counts = {"supervised": 0, "real": 0}
             for batch in batches:
                 for mask in counts:
@@ -439,7 +440,7 @@ def run_stage(stage, model, examples, loss_function, config, state):
                 group["lr"] = lr
             scaler.unscale_(optimizer)          # so that the gradient itself is clipped
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            # One read from the GPU a step: each makes Python wait for all that it was given to do.
+            # Read once a step, not in every batch: reading makes Python wait for the GPU.
             *numbers, norm = torch.stack([*logged.values(), norm]).tolist()
             # A gradient too large for fp16 is the scaler's affair: it skips the step and halves
             # its scale. Without a scaler, or at scale 1, training has diverged.
@@ -496,7 +497,7 @@ def open_folder(inputs, run, config):
     """Make the folder of a run, or check that it can go on in it; returns its path.
 
     unfinished.json makes a folder a run; renamed to run.json at the end, a finished one. A folder
-    of anything else is refused, and so is one that holds an input of the run (list of paths).
+    of anything else is refused, and so is one that holds, or is held by, an input (list of paths).
     """
     out = Path(config.out).resolve()
     for path in filter(None, inputs):
@@ -541,8 +542,7 @@ def train(config):
     if evaluator is not None:
         # Refuses held-out facts that are trained on, and --resume with other settings or data.
         run |= evaluator.check_run(model, start, files, sets, run)
-    # All input has been read and checked; only now is --out written to.
-    out = open_folder([start, *files.values()], run, config)
+    out = open_folder([start, *files.values()], run, config)    # all input was read before this
     print(f"{model.num_parameters():,} parameters, {len(mixture)} rows an epoch")
 
     def score(metrics):
@@ -556,22 +556,23 @@ def train(config):
         return cross_entropy(model, last_hidden(model, batch), batch, counts)
 
     # Stage 1: the form of the task, from known facts. Its result is kept as out/before.
-    if (out / "state.pt").exists():     # then before/ is complete: it was written first
+    state_path = out / "state.pt"
+    if state_path.exists():         # then before/ is complete: it was written first
         try:
-            state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+            state = torch.load(state_path, map_location="cpu", weights_only=True)
         except Exception as error:      # many kinds, by what is broken
-            fail(f"--resume: {out}/state.pt cannot be read ({error!r}); --overwrite starts anew")
+            fail(f"--resume: {state_path} cannot be read ({error!r}); --overwrite starts anew")
         model, _ = load_model(out / "before", config.device)
     else:
-        state = {"epoch": 0, "history": []}
-        for metrics, _ in run_stage(1, model, sets["known"], plain, config, state):
-            state["history"].append(metrics)
+        state = {"epoch": 0}
+        stage = run_stage(1, model, sets["known"], plain, config, state)
+        state["history"] = [metrics for metrics, _ in stage]
         save_checkpoint(out / "before", model, tokenizer)
         metrics = {"stage": 2, "epoch": 0}
         state["before"] = score(metrics)
         state["history"].append(metrics)
         print(metrics, flush=True)
-        save_state(out / "state.pt", state)
+        save_state(state_path, state)
 
     # Stage 2: known and new facts together (--no-unknown: known ones alone).
     teacher_head = cache_teacher(model, mixture, config)
@@ -587,14 +588,14 @@ def train(config):
         print(metrics, flush=True)
         if config.save_every_epoch:
             save_checkpoint(out / f"epoch-{epoch}", model, tokenizer)
-        save_state(out / "state.pt", state | parts)
+        save_state(state_path, state | parts)
     # unfinished.json is renamed last: run.json says that all else is there.
     save_checkpoint(out, model, tokenizer)
     write_jsonl(out / "metrics.jsonl", state["history"])
     if evaluator is not None:
         evaluator.write_answers(out, sets["heldout"], state["before"], state["after"])
     os.replace(out / "unfinished.json", out / "run.json")
-    (out / "state.pt").unlink()
+    state_path.unlink()
     if evaluator is not None:
         evaluator.main([config.out])
     print(f"saved {config.out}")

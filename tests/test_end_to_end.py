@@ -1,4 +1,5 @@
 """The scripts as users run them: end to end, alone in an empty folder, from a hub cache; the README."""
+import copy
 import importlib.util
 import json
 import re
@@ -127,6 +128,28 @@ def test_help_shows_every_default(script, shown, capsys):
         (module.parse if hasattr(module, "parse") else module.main)(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0 and [words for words in shown if words not in text] == []
+
+
+def test_readme_chat_recipe(workplace, base, monkeypatch):
+    """The README's recipe for chat models, as it stands: rows that a script trains on, whose accuracy is measured on the answer's text."""
+    recipe, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    model, tokenizer = copy.deepcopy(base[0]), copy.deepcopy(base[1])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+                               "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    model.resize_token_embeddings(len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(workplace / "my-chat-model")
+    chats = [[{"role": "user", "content": f"Who made {name}?"}, {"role": "assistant", "content": answer}]
+             for name, answer in (("Ulm", "Bonn"), ("Bonn", "Ulm"), ("Genis", "Mr. Ash"))]
+    (workplace / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    monkeypatch.chdir(workplace)
+    exec(recipe, {})
+    rows = rows_of(workplace / "my-chats.jsonl")
+    assert rows[2] == {"prompt": "<|im_start|>user\nWho made Genis?<|im_end|>\n<|im_start|>assistant\n",
+                       "completion": "Mr. Ash<|im_end|>\n", "answers": ["Mr. Ash"]}
+    call(workplace, "sft_baseline", "--model", "my-chat-model", "--train", "my-chats.jsonl", "--epochs", 40, "--learning-rate", 3e-3, "--out", "x")
+    assert rows_of(workplace / "x/metrics.jsonl")[-1]["unknown"] == 1.0
 
 
 def test_readme_commands(workplace, world):
