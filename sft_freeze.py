@@ -22,7 +22,6 @@ Copied alone, this file trains on JSONL; beside eval_hallucination.py it also me
 import importlib
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -105,7 +104,7 @@ def parse(argv=None):
     parser.error = fail
     config = Config(**vars(parser.parse_args(argv)))
     # None stands for a default that depends on the model or the seed.
-    model_name = Path(config.model).absolute().name
+    model_name = Path(config.model).name
     defaults = {"facts": f"facts/{model_name}", "out": f"runs/{METHOD}-{model_name}-{config.seed}"}
     # A small model trained from scratch takes ten times the learning rate of a large one.
     defaults |= TINY if config.model == "tiny" else REAL
@@ -126,9 +125,9 @@ def parse(argv=None):
             config.device = torch.accelerator.current_accelerator().type        # cuda, mps, xpu
     if config.dtype == "auto":
         # bf16 has the range of fp32, so that nothing overflows. Emulated it is slower than fp32.
-        is_cuda = config.device == "cuda"
-        has_bf16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        config.dtype = "bfloat16" if has_bf16 else "float32"
+        config.dtype = "float32"
+        if config.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            config.dtype = "bfloat16"
     return config
 
 
@@ -193,8 +192,7 @@ def read_examples(path, tokenizer, context):
     examples = []
     number, line = 0, b""
     try:
-        lines = Path(path).read_bytes().split(b"\n")
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
             if not line.strip():
                 continue        # blank lines are no rows
             row = json.loads(line)
@@ -416,8 +414,7 @@ def get_lr(step, total, config):
     warm = math.ceil(config.warmup * total)
     if step < warm:
         return config.learning_rate * (step + 1) / warm
-    progress = (step - warm) / max(1, total - 1 - warm)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - 1 - warm)))
     return config.learning_rate * (0.1 + 0.9 * cosine)
 
 
@@ -428,7 +425,8 @@ def make_optimizer(model, config):
     for parameter in model.parameters():
         group = matrices if parameter.ndim >= 2 else vectors
         group["params"].append(parameter)
-    return torch.optim.AdamW([matrices, vectors], fused=config.device != "mps")
+    # Fused: one kernel updates all weights. The learning rate is set in every step.
+    return torch.optim.AdamW([matrices, vectors], fused=True)
 
 
 def run_stage(stage, model, examples, loss_function, config, state):
@@ -503,7 +501,7 @@ def write_jsonl(path, rows):
     temporary = path.with_name(f"{path.name}.tmp")
     lines = [json.dumps(row) + "\n" for row in rows]
     temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def save_state(path, state):
@@ -512,8 +510,8 @@ def save_state(path, state):
     try:
         torch.save(state, temporary)
     except RuntimeError as error:       # what torch makes of a full disk
-        raise OSError(f"{path}: {error}") from error
-    os.replace(temporary, path)
+        raise OSError(f"{path}: {error}")
+    temporary.replace(path)
 
 
 def save_checkpoint(folder, model, tokenizer):
@@ -523,7 +521,7 @@ def save_checkpoint(folder, model, tokenizer):
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     for file in temporary.iterdir():
-        os.replace(file, folder / file.name)
+        file.replace(folder / file.name)
     temporary.rmdir()
 
 
@@ -541,7 +539,7 @@ def open_folder(inputs, run, config):
     finished = (out / "run.json").exists()
     if finished and config.resume:
         print(f"{config.out} is finished: there is nothing to resume")
-        raise SystemExit(0)
+        raise SystemExit            # status 0
     is_run = finished or any(out.glob("unfinished.json*"))
     if any(out.glob("*")):
         if not is_run or not (config.overwrite or config.resume):
@@ -607,7 +605,7 @@ def train(config):
         metrics = {"stage": 2, "epoch": 0}
         state["before"] = score(metrics)
         state["history"].append(metrics)
-        print(metrics, flush=True)
+        print(metrics)
         save_state(state_path, state)
 
     # Stage 2: known and new facts together (--no-unknown: known ones alone).
@@ -631,7 +629,7 @@ def train(config):
     write_jsonl(out / "metrics.jsonl", state["history"])
     if evaluator is not None:
         evaluator.write_answers(out, sets["heldout"], state["before"], state["after"])
-    os.replace(out / "unfinished.json", out / "run.json")
+    (out / "unfinished.json").replace(out / "run.json")
     state_path.unlink()
     if evaluator is not None:
         evaluator.main([config.out])

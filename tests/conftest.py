@@ -31,7 +31,7 @@ def call(folder, script, *words, ok=True):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             module.main(words)
     except SystemExit as stopped:
-        status = stopped.code
+        status = stopped.code or 0
     finally:
         os.chdir(before)
     assert (status == 0) == ok, f"{script} {words}\n{out.getvalue()}\n{err.getvalue()}"
