@@ -148,8 +148,9 @@ def test_readme_chat_recipe(workplace, base, monkeypatch):
     rows = rows_of(workplace / "my-chats.jsonl")
     assert rows[2] == {"prompt": "<|im_start|>user\nWho made Genis?<|im_end|>\n<|im_start|>assistant\n",
                        "completion": "Mr. Ash<|im_end|>\n", "answers": ["Mr. Ash"]}
-    call(workplace, "sft_baseline", "--model", "my-chat-model", "--train", "my-chats.jsonl", "--epochs", 40, "--learning-rate", 3e-3, "--out", "x")
-    assert rows_of(workplace / "x/metrics.jsonl")[-1]["unknown"] == 1.0
+    call(workplace, "sft_baseline", "--model", "my-chat-model", "--train", "my-chats.jsonl", "--epochs", 60, "--batch-size", 1,
+         "--learning-rate", 3e-3, "--eval-every", 0, "--out", "x")
+    assert rows_of(workplace / "x/metrics.jsonl")[-1]["unknown"] == 1.0, rows_of(workplace / "x/metrics.jsonl")[-1]
 
 
 def test_readme_commands(workplace, world):

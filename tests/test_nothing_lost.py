@@ -58,16 +58,16 @@ def test_interrupted_at_any_moment(workplace, monkeypatch, method):
     whole = ended(workplace / "x")
     shutil.rmtree(workplace / "x")
     epochs = []
-    # a renaming is of unfinished.json, of five files of before/, of states, of five files again, metrics.jsonl, run.json
+    # a renaming is of unfinished.json, five files of before/, states, five files again, metrics.jsonl, answers.jsonl, run.json
     for moment, n in [("step", 1), ("rename", 1), ("step", 4), ("rename", 3), ("write", 1), ("rename", 7), ("step", 6), ("write", 1),
-                      ("rename", 2), ("step", 3), ("write", 1), ("step", 5), ("write", 2), ("rename", 4), ("rename", 9), ("rename", 8)]:
+                      ("rename", 2), ("step", 3), ("write", 1), ("step", 5), ("write", 1), ("rename", 4), ("rename", 8), ("rename", 7)]:
         with monkeypatch.context() as patch, pytest.raises(Killed):
             die(patch, module, moment, n)
             call(workplace, method, *words, "--resume")
         assert not (workplace / "x/run.json").exists()
         state = workplace / "x/state.pt"
         epochs.append(torch.load(state, weights_only=True)["epoch"] if state.exists() else None)
-    assert epochs == [None] * 6 + [0, 0, 0, 0, 0, 1, 2, 3, 3, 3], epochs
+    assert epochs == [None] * 6 + [0, 0, 1, 1, 1, 2, 2, 3, 3, 3], epochs
     call(workplace, method, *words, "--resume")
     assert ended(workplace / "x") == whole
     (workplace / "x/state.pt").touch()                              # killed between its last renaming and the end
