@@ -45,6 +45,12 @@ def refused(folder, script, *words):
     return done.stderr
 
 
+def contents(folder):
+    """{path: bytes or None} of all that is in `folder`."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")
+            if not {"__pycache__", ".facts-cache"}.intersection(path.parts)}
+
+
 def counts_of(batches):
     """How many tokens an accumulation window of `collate`d batches predicts, as the losses take it."""
     return {mask: sum(int(b[mask][:, 1:].sum()) for b in batches) for mask in ("supervised", "real")}

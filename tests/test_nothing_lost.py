@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import Bomb, call, plain_loss, refused, rows_of, run, trained
+from conftest import Bomb, call, contents, plain_loss, refused, rows_of, run, trained
 
 import sft_baseline
 
@@ -121,10 +121,6 @@ def interrupted(workplace, monkeypatch):
         die(patch, sft_baseline, "step", 8)
         call(workplace, "sft_baseline", *SHORT)
     return workplace
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("words, change, named", [

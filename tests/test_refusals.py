@@ -12,7 +12,7 @@ import threading
 import pytest
 import torch
 import transformers
-from conftest import ROOT, Bomb, call, furnish, refused, rows_of, run
+from conftest import ROOT, Bomb, call, contents, furnish, refused, rows_of, run
 
 METHODS = ["sft_baseline", "sft_selfdistill", "sft_freeze"]
 GOOD = '{"prompt": "Q: Who?\\nA:", "completion": " He\\n"}\n'
@@ -87,12 +87,6 @@ def models(tmp_path_factory, world):
     (workplace / "remote/config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}))
     (workplace / "remote/own.py").write_text(f"open({str(workplace / 'exploded')!r}, 'w')\n")
     return workplace
-
-
-def contents(folder):
-    """{path: bytes or None} of all that is in `folder`."""
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")
-            if not {"__pycache__", ".facts-cache"}.intersection(path.parts)}
 
 
 FOLDERS = {"no-such-model": [], "facts": [], "no-weights": [], "no-tokenizer": ["no tokenizer"], "cut-weights": [],
