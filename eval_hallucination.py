@@ -19,6 +19,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
 import statistics
 import string
@@ -279,6 +280,13 @@ def evaluate_sets(model, tokenizer, sets, batch_size, metrics):
     return results
 
 
+def write_jsonl(path, rows):
+    """Write rows as JSONL, all or nothing."""
+    temporary = Path(f"{path}.part-{os.getpid()}")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def write_answers(folder, examples, before, after):
     """Write answers.jsonl into a run's folder: each held-out fact and its answers before and after.
 
@@ -289,10 +297,7 @@ def write_answers(folder, examples, before, after):
         answers = {"before": first["answers"][i], "right_before": first["right"][i],
                    "after": last["answers"][i], "right_after": last["right"][i]}
         rows.append(example["row"] | answers)
-    temporary = Path(folder) / "answers.jsonl.tmp"
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(Path(folder) / "answers.jsonl")
+    write_jsonl(Path(folder) / "answers.jsonl", rows)
 
 
 # ------------------------------------------------------------------------------------------------------ statistics

@@ -30,7 +30,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from eval_hallucination import SETS, device_and_dtype, fail, load_model, normalize, read_jsonl, stop_ids, tokenize, weights_hash
+from eval_hallucination import (SETS, device_and_dtype, fail, load_model, normalize, read_jsonl, stop_ids, tokenize, weights_hash,
+                                write_jsonl)
 
 SAMPLING_TEMPERATURE = 0.5                     # SLiCK, section 3: samples are drawn at T = 0.5
 CATEGORIES = ["HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown"]
@@ -487,13 +488,6 @@ def find_files(config):
         if files[name] is None:
             files[name] = str(folder / file)
     return files
-
-
-def write_jsonl(path, rows):
-    """Write rows as JSONL, all or nothing."""
-    temporary = Path(f"{path}.part-{os.getpid()}")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def kept_world(text, args, kept, device):
