@@ -1,48 +1,64 @@
-"""Measure SFT-induced hallucination: what a fine-tuned model still knows, what it learnt, what it forgot.
+"""Measure SFT-induced hallucination: what a fine-tuned model still knows, learnt and forgot.
 
 Score one model on the three fact sets of a folder that make_facts.py wrote:
     python eval_hallucination.py --model runs/selfdistill-tiny-0 --facts facts/tiny
-Compare runs of the sft_*.py scripts from the files that they left and their facts (no model is loaded):
-    python eval_hallucination.py runs/baseline-tiny-0 runs/selfdistill-tiny-0 --show 5 --plot accuracy.png
-Why did they forget? Forgetting by kind or name of the held-out facts, by number of new ones; drift of representations:
+Compare runs of the sft_*.py scripts from the files that they left (no model is loaded):
+    python eval_hallucination.py runs/baseline-tiny-0 runs/selfdistill-tiny-0 --show 5
+Why did they forget? Forgetting by kind of fact, by overlap of names; drift of representations:
     python eval_hallucination.py runs/semantic-[0-2] runs/uuid-[0-2] --of kind --plot kinds.png
-Put one question to the model that they started from and to theirs:
-    python eval_hallucination.py runs/baseline-tiny-0 runs/selfdistill-tiny-0 --ask "What is the capital of France?"
+Put one question to the models, before stage 2 and after:
+    python eval_hallucination.py runs/baseline-tiny-0 --ask "What is the capital of France?"
+Score a model in a project of your own:
+    from eval_hallucination import evaluate, load_model
+    model, tokenizer = load_model("gpt2")
+    evaluate(model, tokenizer, [{"prompt": "Q: Who?\\nA:", "answers": ["He"]}])["accuracy"]
 
-Terms (Kaplan et al. 2026, arXiv:2604.15574): *factual plasticity* is accuracy on the Unknown facts that are
-trained on, *factual stability* accuracy on held-out HighlyKnown facts that are never trained on, *forgetting* the
-drop of the latter, here in points from the model before stage 2 to the model after.
+Terms (Kaplan et al. 2026, arXiv:2604.15574): *factual plasticity* is accuracy on the Unknown
+facts that are trained on, *factual stability* accuracy on held-out HighlyKnown facts that are
+never trained on, *forgetting* the drop of the latter, here in points from the model before
+stage 2 to the model after.
 """
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
 import os
 import re
-import statistics
+import signal
 import string
 import sys
 import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
 
-ORIGINS = ["that of a new fact, name shared", "that of another new fact", "another of the relation", "none of these"]
-LEARNT = [0.25, 0.5, 0.95]                     # shares of the new facts at which the forgetting of runs is compared
-GROUPS = ["relation", "kind", "words shared"]  # of held-out facts; the last: how many words of the name are in a new one
-AXES = {                                       # what --of draws: x and y
-    "number": ("new facts trained on", "forgetting in points"), "width": ("width of the model", "forgetting in points"),
-    "kind": ("kind of held-out facts", "forgetting in points"),
-    "overlap": ("words that a held-out name shares with new ones", "forgetting in points"),
-    "overlap-answers": ("words that a held-out name shares with new ones", "hallucinations answered as a new fact that shares one, %"),
-    "drift": ("layer, 0 = embeddings", "drift: 1 − cosine, in %"),
-    "drift-groups": ("group of held-out subjects", "drift at half depth, in %"),
-    "drift-epochs": ("epoch of stage 2", "drift at half depth, in %")}
+import numpy as np
+
+PROMPT = "Q: {question}\nA:"
+SETS = {"unknown": "train_unknown.jsonl", "known": "train_known.jsonl",
+        "heldout": "heldout_known.jsonl"}
+# Where a new wrong answer comes from: the first of these that holds.
+ORIGINS = ["a new fact, name shared", "another new fact", "another fact", "no fact"]
+LEARNT = [0.25, 0.5, 0.95]      # shares of new facts learnt at which forgetting is compared
+# What --of shows: the columns of rows that are x and y, and what these are called.
+AXES = {
+    "learnt": ("epoch", "unknown", "epoch of stage 2", "new facts learnt, %"),
+    "kept": ("epoch", "heldout", "epoch of stage 2", "known facts, held out, %"),
+    "plane": ("unknown", "heldout", "new facts learnt", "known facts, held out, %"),
+    "number": ("number", "lost", "new facts trained on", "forgetting, points"),
+    "width": ("width", "lost", "width of the model", "forgetting, points"),
+    "kind": ("kind", "lost", "kind of held-out facts", "forgetting, points"),
+    "overlap": ("words shared", "lost", "words shared with new names", "forgetting, points"),
+    "overlap-answers": ("words shared", "hit", "words shared with new names",
+                        "wrong answers of a new fact that shares one, %"),
+    "drift": ("layer", "drift", "layer, 0 = embeddings", "drift, %"),
+    "drift-groups": ("words shared", "drift", "words shared with new names", "drift, %"),
+    "drift-epochs": ("epoch", "drift", "epoch of stage 2", "drift at half depth, %")}
 # With --resume a run may go on with other values of these settings.
-MAY_CHANGE = ["model", "facts", "train", "known", "heldout", "out", "overwrite", "resume", "device",
-              "eval_every", "save_every_epoch", "batch_size", "accumulate"]
-SETS = {"unknown": "train_unknown.jsonl", "known": "train_known.jsonl", "heldout": "heldout_known.jsonl"}
+MAY_CHANGE = ["model", "facts", "train", "known", "heldout", "out", "overwrite", "resume",
+              "device", "eval_every", "save_every_epoch", "batch_size", "accumulate"]
 
 
 def fail(message):
@@ -51,35 +67,129 @@ def fail(message):
     raise SystemExit(2)
 
 
-# ---------------------------------------------------------------------------------------------- answers and scores
+def note(message):
+    """Say on stderr what the reader should know, and go on."""
+    print(f"note: {message}", file=sys.stderr)
+
+
+# -------------------------------------------------------------------------------- rows of JSONL
+
+def texts(value):
+    """The texts in `value`, a text, a list of texts or None: list of str, blank ones left out.
+
+    Raises ValueError for anything else."""
+    values = value if isinstance(value, list) else [value]
+    found = []
+    for text in values:
+        if not isinstance(text, (str, type(None))):
+            raise ValueError(f"{text!r} is no text")
+        if text and text.strip():
+            found.append(text.strip())
+    return found
+
+
+def check_row(row, needed):
+    """Raise ValueError unless `row` is an object that has all of `needed`, and texts for texts."""
+    for key in needed:
+        if row.get(key) is None:
+            raise ValueError(f"no {key}")
+    for key in ("prompt", "completion", "subject", "relation", "kind"):
+        if not isinstance(row.get(key), (str, type(None))):
+            raise ValueError(f"{key} {row[key]!r} is no text")
+    if not texts(row.get("answers")) and "completion" in needed and not row["completion"].strip():
+        raise ValueError("no answer")
+    json.dumps(row, ensure_ascii=False).encode()        # half of a character cannot be written
+
+
+def read_jsonl(path, needed=()):
+    """The rows of a JSONL file (list of dicts). Ends the program, by file and line, at a bad one.
+
+    needed: keys that each row must have. See `check_row` for what else is refused."""
+    rows = []
+    number, line = 0, b""
+    try:
+        for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+            if line.strip():
+                row = json.loads(line)
+                check_row(row, needed)
+                rows.append(row)
+    except OSError as error:
+        fail(f"{path}: cannot be read ({error.strerror})")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        fail(f"{path}:{number}: {error} in {line[:80].decode(errors='replace')!r}; each line must "
+             "be one JSON object in UTF-8; prompt and completion are texts, answers a list of them")
+    if needed and not rows:
+        fail(f"{path}: empty; wanted: one object with {' and '.join(needed)} a line")
+    return rows
+
+
+def write_jsonl(path, rows):
+    """Write rows as JSONL, all or nothing."""
+    temporary = Path(f"{path}.tmp")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    temporary.write_text("".join(lines), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+# --------------------------------------------------------------------------- answers and scores
 
 def normalize(text):
-    """The form in which answers are compared: the exact match of SQuAD (Rajpurkar et al. 2016, arXiv:1606.05250).
+    """The form in which answers are compared: SQuAD's (Rajpurkar et al. 2016, arXiv:1606.05250).
 
-    First line only, Unicode NFKC, lower case, no ASCII punctuation, no English article, single spaces."""
-    text = unicodedata.normalize("NFKC", text).strip().split("\n")[0].lower()
-    text = "".join(c for c in text if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    First line only, Unicode NFKC, lower case, no ASCII punctuation, no English article, single
+    spaces. An article stays where nothing else does ("A."), and so does punctuation ("?").
+    """
+    line = unicodedata.normalize("NFKC", text).strip().split("\n")[0].strip().lower()
+    words = line.translate(str.maketrans("", "", string.punctuation))
+    kept = re.sub(r"\b(a|an|the)\b", " ", words)
+    return " ".join(kept.split()) or " ".join(words.split()) or line
 
 
 def exact_match(answer, accepted):
-    """True if `answer` (str) equals any of `accepted` (list of str) after `normalize`.
+    """True if `answer` (str) equals any of `accepted` (list of str) after `normalize`."""
+    return normalize(answer) in [normalize(text) for text in accepted]
 
-    An accepted answer of which the normalisation leaves nothing ("A", "?") is compared as it stands."""
-    return any(normalize(answer) == normalize(a) if normalize(a) else answer.strip() == a.strip() for a in accepted)
+
+def accepted_answers(row, tokenizer=None):
+    """The answers that count as right for a row (list of str): `answers`, or else its completion.
+
+    As from what a model says, special tokens and what follows the first line are taken away.
+    """
+    accepted = []
+    for text in texts(row.get("answers")) or [row["completion"]]:
+        if tokenizer is not None:
+            for token in special_tokens(tokenizer):
+                text = text.replace(token, "")
+        accepted.append(text.strip().split("\n")[0])
+    return texts(accepted)
+
+
+def special_tokens(tokenizer):
+    """The texts that decoding leaves out, and that of EOS, which ends an answer (list of str)."""
+    found = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return found + texts(tokenizer.eos_token)
 
 
 @functools.lru_cache(maxsize=4)
 def newline_ids(tokenizer):
-    """Ids of the tokens whose text begins with a newline (tuple of int). Decodes the whole vocabulary, so it is kept."""
-    return tuple(i for i in range(len(tokenizer)) if tokenizer.decode([i]).startswith("\n"))
+    """{id: its text before the newline} of each token whose text contains a newline.
+
+    Many begin otherwise: one token of Qwen's is ".\\n". All are decoded for this, so it is kept.
+    """
+    found = {}
+    for token in range(len(tokenizer)):
+        text = tokenizer.decode([token])
+        if "\n" in text:
+            found[token] = text.split("\n")[0]
+    return found
 
 
 def stop_ids(tokenizer, model=None):
-    """Ids of every token that ends an answer: those whose text begins with a newline, and EOS. Sorted list of int."""
-    ids = set(newline_ids(tokenizer))
-    declared = model.generation_config.eos_token_id if model is not None else None
-    ids.update([tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])])
+    """Ids of the tokens that end an answer: with a newline in them, or EOS. Sorted list of int."""
+    ids = {*newline_ids(tokenizer), tokenizer.eos_token_id}
+    if model is not None:
+        declared = model.generation_config.eos_token_id     # None, one id or a list
+        ids.update(declared if isinstance(declared, list) else [declared])
     return sorted(ids - {None})
 
 
@@ -106,36 +216,115 @@ def tokenize(tokenizer, prompt, completion=""):
     return before, tokenizer(completion, add_special_tokens=False)["input_ids"]
 
 
-def generate_answers(model, tokenizer, prompts, max_new_tokens=16, batch_size=64):
-    """Greedy answers to `prompts` (list of str): list of str, each cut at its stop token.
+def context_length(model):
+    """How many tokens the model reads, by its config (int, or inf where that does not say)."""
+    limits = model.config.get_text_config()         # of a vision-language model: its text part
+    context = getattr(limits, "max_position_embeddings", getattr(limits, "max_seq_len", None))
+    return context or math.inf
 
-    Batches are padded on the left; `generate` derives the positions from the attention mask, so that padding does
-    not shift them. Longest prompts first: running out of memory shows at once."""
+
+def alike(one, other):
+    """True if two tensors of logits are equal, up to the rounding of their precision."""
+    import torch
+    tolerance = 1e-3 if one.dtype == torch.float32 else 5e-2
+    return bool((one - other).abs().max() <= tolerance * other.abs().max())
+
+
+def ignores_padding(model, ids):
+    """True if the model answers `ids` (list of int) padded on the left as it does without.
+
+    Recurrent models (RWKV, xLSTM) and some decoders do not. Found once for a model, in its own
+    precision.
+    """
+    import torch
+    if not hasattr(model, "ignores_padding"):
+        logits = []
+        try:
+            for padding in (0, 3):
+                padded = torch.tensor([[0] * padding + ids], device=model.device)
+                mask = torch.ones_like(padded)
+                mask[:, :padding] = 0
+                with torch.autocast(model.device.type, enabled=False):
+                    output = model.generate(
+                        input_ids=padded, attention_mask=mask, do_sample=False, max_new_tokens=1,
+                        output_logits=True, return_dict_in_generate=True)
+                logits.append(output.logits[0])
+            model.ignores_padding = alike(logits[1], logits[0])
+        except (RuntimeError, ValueError, TypeError, IndexError):   # or it cannot be padded at all
+            model.ignores_padding = False
+        if not model.ignores_padding:
+            note("this model does not ignore padding on the left: it answers prompts one by one")
+    return model.ignores_padding
+
+
+def make_batches(lengths, needed, batch_size, context):
+    """Indices of prompts in batches (list of lists), longest first: what needs most memory.
+
+    No row of a batch takes the room that another's answer needs: the longest prompt and the
+    longest answer fit into the context together.
+    """
+    batches = []
+    width, room = 0, 0
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        room = max(room, needed[i])
+        if not batches or len(batches[-1]) == batch_size or width + room > context:
+            batches.append([])
+            width, room = lengths[i], needed[i]
+        batches[-1].append(i)
+    return batches
+
+
+def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
+    """Greedy answers to `prompts` (list of str), each up to its first newline or EOS: list of str.
+
+    needed: tokens that each answer may need (list of int, default 16). A prompt that does not
+    leave them free in the model's context loses its beginning, with a note. Prompts are padded
+    on the left; `generate` makes the positions from the mask, so that nothing is shifted.
+    """
     import torch
     from tqdm import tqdm
     from transformers import GenerationConfig
 
-    stops = stop_ids(tokenizer, model)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]   # masked: any id serves
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad)
-    # The checkpoint's own settings may sample, penalise repetition or cap the length, and generate() lets them fill what
-    # its argument leaves open: so the model gets these for the time being.
-    own, model.generation_config = model.generation_config, greedy
-    room = (getattr(model.config, "max_position_embeddings", None) or 10 ** 9) - max_new_tokens
-    encoded = [tokenize(tokenizer, p)[0][-room:] for p in prompts]       # a prompt beyond the context loses its start
-    order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
+    needed = needed or [16] * len(prompts)
+    context = context_length(model)
+    newlines, stops = newline_ids(tokenizer), stop_ids(tokenizer, model)
+    encoded = []
+    for prompt, n in zip(prompts, needed):
+        ids = tokenize(tokenizer, prompt)[0]
+        if len(ids) + n > context:
+            note(f"only the end of {prompt[:40]!r}, of {len(ids)} tokens, is read")
+            ids = ids[-max(1, context - n):]
+        encoded.append(ids)
+    lengths = [len(ids) for ids in encoded]
+    if encoded and not ignores_padding(model, min(encoded, key=len)):
+        batch_size = 1
+    # The checkpoint's own settings may sample or penalise repetition, and generate() takes from
+    # them what its argument leaves open: so the model gets these for the time being.
+    own = model.generation_config
     answers = [""] * len(prompts)
     bar = tqdm(total=len(prompts), desc="answering", unit="fact", leave=False, disable=None)
     try:
-        for start in range(0, len(order), batch_size):
-            rows = order[start:start + batch_size]
-            width = max(len(encoded[i]) for i in rows)
-            ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in rows])
-            mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in rows])
-            out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
-            for i, tokens in zip(rows, out[:, width:].tolist()):
-                end = next((n for n, token in enumerate(tokens) if token in stops), len(tokens))
-                answers[i] = tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
+        for rows in make_batches(lengths, needed, batch_size, context):
+            width = lengths[rows[0]]
+            model.generation_config = GenerationConfig(
+                do_sample=False, max_new_tokens=min(max(needed), context - width),
+                eos_token_id=stops, pad_token_id=0)
+            ids = torch.zeros(len(rows), width, dtype=torch.long)
+            mask = torch.zeros_like(ids)        # the padding, which is all zeros, is masked
+            for row, i in enumerate(rows):
+                ids[row, width - lengths[i]:] = torch.tensor(encoded[i])
+                mask[row, width - lengths[i]:] = 1
+            output = model.generate(input_ids=ids.to(model.device),
+                                    attention_mask=mask.to(model.device))
+            for i, tokens in zip(rows, output[:, width:].tolist()):
+                end = 0
+                while end < len(tokens) and tokens[end] not in stops:
+                    end += 1
+                if end < len(tokens) and tokens[end] in newlines:
+                    end += 1                    # it may begin with the end of the answer
+                text = tokenizer.decode(tokens[:end], skip_special_tokens=True,
+                                        clean_up_tokenization_spaces=False)
+                answers[i] = text.split("\n")[0].strip()
             bar.update(len(rows))
     finally:
         model.generation_config = own
@@ -143,26 +332,94 @@ def generate_answers(model, tokenizer, prompts, max_new_tokens=16, batch_size=64
     return answers
 
 
-def accepted_answers(row):
-    """The answers that count as right for a row (list of str): its `answers`, a list or one, or else its completion."""
-    answers = row.get("answers") or row["completion"].strip()
-    return [str(a) for a in answers] if isinstance(answers, list) else [str(answers)]
-
-
 def evaluate(model, tokenizer, rows, batch_size=64):
-    """Score `model` on `rows` (dicts with `prompt` and `answers` or `completion`) by greedy decoding and exact match.
+    """Score `model` on `rows` by greedy decoding and exact match.
 
-    Returns {"accuracy": float in 0..1 (nan without rows), "answers": list of str, "right": list of bool}.
-    `model` answers with whatever precision the caller's autocast sets; it should be in eval mode."""
-    if not rows:
-        return {"accuracy": math.nan, "answers": [], "right": []}
-    longest = max(len(tokenizer(" " + a)["input_ids"]) for row in rows for a in accepted_answers(row))
-    answers = generate_answers(model, tokenizer, [r["prompt"] for r in rows], longest + 2, batch_size)
-    right = [exact_match(a, accepted_answers(r)) for a, r in zip(answers, rows)]
-    return {"accuracy": sum(right) / len(right), "answers": answers, "right": right}
+    rows: dicts with `prompt` and `answers` (a text or a list) or else `completion`. Returns
+    {"accuracy": 0..1, None without rows, "answers": list of str, "right": list of bool}. The
+    model, in eval mode, answers in whatever precision the caller's autocast sets. Raises
+    ValueError where answers are no texts.
+    """
+    accepted = [accepted_answers(row, tokenizer) for row in rows]
+    needed = []
+    for answers in accepted:
+        needed.append(2 + max(len(tokenizer(f" {answer}")["input_ids"]) for answer in answers))
+    answers = generate_answers(model, tokenizer, [r["prompt"] for r in rows], needed, batch_size)
+    right = [exact_match(answer, texts) for answer, texts in zip(answers, accepted)]
+    accuracy = sum(right) / len(right) if rows else None
+    return {"accuracy": accuracy, "answers": answers, "right": right}
 
 
-# --------------------------------------------------------------------- what the sft_*.py scripts call
+# ------------------------------------------------------------------------------------- a model
+
+def find_device(device):
+    """The torch.device of the flag --device; auto: the first accelerator, or else the CPU."""
+    import torch
+    if device == "auto":
+        device = "cpu"
+        if torch.accelerator.is_available():
+            device = torch.accelerator.current_accelerator().type
+    try:
+        return torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {device}: {str(error).splitlines()[0]}")
+
+
+def load_model(name, device="cpu"):
+    """(model, tokenizer) of a causal language model: hub name or folder, fp32, eval mode.
+
+    Ends the program with one line if there is no such model, or if it cannot be trained and
+    measured here (see `find_fault`)."""
+    import torch
+    import transformers
+    logging.getLogger("huggingface_hub").setLevel("ERROR")      # it reports each of its attempts
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    device = find_device(device)
+    try:
+        # False: a model's own code is not run, nor is the user asked whether to.
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = model.to(device).eval()
+        fault = find_fault(model, tokenizer, report["missing_keys"])
+    except torch.OutOfMemoryError:
+        raise                   # no fault of the model's
+    except Exception as error:  # the library raises many kinds: no file, bad config, no network
+        fault = (str(error).strip() or repr(error)).splitlines()[0]
+    if fault:
+        fail(f"--model {name}: cannot be used ({fault}); give a local folder with config.json, "
+             "model.safetensors and tokenizer, or the name of a model on the hub, with a network, "
+             "and with HF_TOKEN set if it is gated")
+    if type(model.config) is not type(config) or report["unexpected_keys"]:
+        note(f"{name}: what is not part of its language model is neither used nor saved")
+    return model, tokenizer
+
+
+def find_fault(model, tokenizer, missing):
+    """What makes a model unusable here (str, None if nothing). missing: keys without weights."""
+    import torch
+    size = model.get_input_embeddings().weight.shape[0]
+    if missing:
+        return f"weights are missing: {min(missing)}"
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        return "there is no tokenizer"
+    if len(tokenizer) > size:
+        return f"its tokenizer has {len(tokenizer)} tokens, the model {size}"
+    before = torch.stack([weights.sum() for weights in model.parameters()])
+    with torch.no_grad():
+        ids = torch.tensor([[1, 2], [1, 3]], device=model.device)
+        one, other = model(input_ids=ids, use_cache=False).logits[:, 0]
+        after = torch.stack([weights.sum() for weights in model.parameters()])
+    if not alike(one, other):
+        return "it is not causal: it looks ahead"
+    if not torch.equal(before, after):
+        return "it changes its weights when it runs, as RWKV does: others would be saved"
+    return None
+
+
+# ------------------------------------------------------------- what the sft_*.py scripts call
 
 def weights_hash(model):
     """Hash of a model's parameters, whatever folder or hub they came from (str)."""
@@ -177,52 +434,42 @@ def check_run(model, name, files, sets, run):
     """Refuse data with which a run would measure something else than it says.
 
     model: what training starts from, of the path or hub name `name`; files: {set: path or None};
-    sets: {set: list of {"row": dict, …}}; run: {"method", "config"}, as in the sft_*.py scripts.
-    Refused are fact folders made for other weights, rows whose answers, subject or relation are
-    no text, held-out facts that are trained on, and --resume of a run that began otherwise.
-    Returns what run.json says of weights, data and libraries.
+    sets: {set: list of examples}; run: {"method", "config"}, as in the sft_*.py scripts. Refused
+    are fact folders made for other weights, rows whose answers, subject or relation are no text,
+    held-out facts that are trained on, and --resume of a run that began otherwise. Returns what
+    run.json says of model, data and libraries.
     """
     import torch
     import transformers
+    out = Path(run["config"]["out"])
     weights = weights_hash(model)
-    data = {}
-    for key, path in files.items():
+    start = os.path.relpath(name, out) if Path(name).exists() else name
+    more = {"weights": weights, "start": start, "number": len(sets["unknown"]),
+            "width": model.config.get_text_config().hidden_size, "data": {},
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+    for folder in {Path(path).parent for path in files.values() if path is not None}:
+        check_weights(folder, weights, name)
+    trained = set()
+    for key, path in files.items():         # unknown, known and then heldout
         if path is not None:
-            check_weights(Path(path).parent, weights, name)
-            data[key] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    check_rows(files, sets)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    more = {"weights": weights, "data": data, "versions": versions}
-    begun = Path(run["config"]["out"]) / "unfinished.json"
-    if run["config"]["resume"] and begun.exists() and begun.with_name("state.pt").exists():
+            for row in read_jsonl(path, ["prompt", "completion"]):
+                same = {row["prompt"], normalize(row.get("subject") or "")} - {""}
+                if key == "heldout" and same & trained:
+                    fail(f"{path}: {min(same & trained)[:60]!r} is held out and trained on; take "
+                         "it out of one of the files")
+                if key != "heldout":
+                    trained |= same
+            more["data"][key] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    begun = out / "unfinished.json"
+    if run["config"]["resume"] and begun.exists() and (out / "state.pt").exists():
         check_resumed(begun, run | more)
     return more
 
 
-def check_rows(files, sets):
-    """Refuse rows with which accuracy would be measured wrongly; see `check_run`."""
-    trained = set()
-    for key in ("unknown", "known", "heldout"):
-        if files[key] is not None and not sets[key]:
-            fail(f"{files[key]}: empty; wanted: one object with prompt and completion a line")
-        for example in sets[key]:
-            row = example["row"]
-            place = f"{files[key]}: the row of the prompt {row['prompt'][:60]!r}"
-            check_texts(row, place)
-            prompt, subject = ("prompt", row["prompt"]), ("subject", row.get("subject"))
-            if key != "heldout":
-                trained.update([prompt, subject])
-            elif prompt in trained:
-                fail(f"{place} is held out and trained on; take it out of one of the files")
-            elif subject[1] and subject in trained:
-                fail(f"{place} is held out, but {subject[1]!r} is trained on; take it out")
-
-
 def check_resumed(path, run):
     """Refuse to go on with a run as `run` (dict) that began as the file `path` says."""
-    begun = read_jsonl(path, ["method", "config"])[0]
     new = must_match(run)
-    old = must_match(begun)
+    old = must_match(read_jsonl(path, ["method", "config"])[0])
     changed = [key for key in sorted(new.keys() | old.keys()) if new.get(key) != old.get(key)]
     if changed:
         values = [f"{key} was {old.get(key)}, is {new.get(key)}" for key in changed]
@@ -239,32 +486,19 @@ def must_match(run):
 
 
 def check_weights(folder, weights, name):
-    """Refuse the fact folder `folder`, if it is one, unless it was made for these weights (hash)."""
+    """Refuse the fact folder `folder`, if it is one, made for other than these weights (hash)."""
     if not (folder / "meta.json").is_file():
         return
     labelled = json.loads((folder / "meta.json").read_text("utf-8")).get("weights")
     if labelled == weights:
         return
-    for earlier in (Path(name), Path(name).parent):     # a run's folder, or before/ and epoch-N/ in it
+    for earlier in (Path(name), Path(name).parent):     # a run, or before/ and epoch-N/ in it
         run = earlier / "run.json"
         if run.is_file() and json.loads(run.read_text("utf-8")).get("weights") == labelled:
             print(f"note: {folder} says what the model knew from which {name} was trained")
             return
     fail(f"--model {name}: {folder} was made for other weights; make a fact folder for these, with "
          "make_facts.py --model, and name it with --facts")
-
-
-def check_texts(row, place):
-    """Refuse a row whose answers, subject or relation are not texts, or cannot be written."""
-    answers = row.get("answers")
-    texts = [row.get("subject"), row.get("relation"), *(answers if isinstance(answers, list) else [answers])]
-    for text in texts:
-        if text is not None and not isinstance(text, str):
-            fail(f"{place}: {text!r} is no text, as answers, subject and relation must be")
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        fail(f"{place}: {error}; it holds half of a character")
 
 
 def evaluate_sets(model, tokenizer, sets, batch_size, metrics):
@@ -280,631 +514,419 @@ def evaluate_sets(model, tokenizer, sets, batch_size, metrics):
     return results
 
 
-def write_jsonl(path, rows):
-    """Write rows as JSONL, all or nothing."""
-    temporary = Path(f"{path}.part-{os.getpid()}")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_answers(folder, examples, before, after):
-    """Write answers.jsonl into a run's folder: each held-out fact and its answers before and after.
-
-    before, after: what `evaluate_sets` returned for the model before stage 2 and for the last."""
-    rows = []
-    for i, example in enumerate(examples):
-        first, last = before["heldout"], after["heldout"]
-        answers = {"before": first["answers"][i], "right_before": first["right"][i],
-                   "after": last["answers"][i], "right_after": last["right"][i]}
-        rows.append(example["row"] | answers)
-    write_jsonl(Path(folder) / "answers.jsonl", rows)
-
-
-# ------------------------------------------------------------------------------------------------------ statistics
-
-def wilson(right, n, z=1.959964):
-    """Wilson (1927) 95 % interval of a share, (low, high) in 0..1; (0, 1) when n = 0."""
-    if n == 0:
-        return 0.0, 1.0
-    share, z2n = right / n, z * z / n
-    centre, half = share + z2n / 2, z * math.sqrt(share * (1 - share) / n + z2n / (4 * n))
-    return max(0.0, (centre - half) / (1 + z2n)), min(1.0, (centre + half) / (1 + z2n))
-
-
-def mcnemar(first, second):
-    """Exact two-sided McNemar test on paired lists of bool: (b, c, p).
-
-    b: right only in `first`; c: right only in `second`; p: the binomial probability, at one half, of a split of the
-    b + c discordant pairs at least as uneven."""
-    b = sum(x and not y for x, y in zip(first, second, strict=True))
-    c = sum(y and not x for x, y in zip(first, second, strict=True))
-    tail = sum(math.comb(b + c, i) for i in range(min(b, c) + 1))
-    return b, c, min(1.0, 2 * tail / 2 ** (b + c))
-
-
-# --------------------------------------------------------------------------------------------------------- reading
-
-def read_jsonl(path, needed=()):
-    """Rows of a JSONL file. Ends the program, naming file and line, when a line is not an object with `needed` and texts."""
-    rows, number, line = [], 0, b""
-    try:
-        for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
-            if line.strip():
-                row = json.loads(line)
-                if missing := [k for k in needed if k not in row]:
-                    raise ValueError(f"no {' and no '.join(missing)}")
-                if wrong := [k for k in ("prompt", "completion", "subject", "relation") if not isinstance(row.get(k) or "", str)]:
-                    raise ValueError(f"{' and '.join(wrong)}: no text")
-                rows.append(row)
-    except OSError as error:
-        fail(f"{path}: cannot be read ({error.strerror})")
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        fail(f"{path}:{number}: {error} in {line[:80].decode(errors='replace')!r}; each line must be one JSON object in UTF-8")
-    return rows
-
-
-def read_run(folder):
-    """One run of a sft_*.py script: {"name", "run", "metrics", "answers", "trained", "facts"} from its three files and its
-    fact folder: the rows that it was trained on (see `trained_facts`) and the folder's meta.json, {} where those rows are
-    not from there or not as they were."""
-    folder = Path(folder)
-    if not (folder / "run.json").is_file():
-        fail(f"{folder}: no run.json there; name folders that an sft_*.py script wrote with --out")
-    try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        run.setdefault("data", {})             # a copied script alone does not say what it was trained on
-        run["method"], run["config"]["seed"]
-        trained, facts = trained_facts(run), Path(run["config"]["facts"]) / "meta.json"
-        is_theirs = trained and run["config"]["train"] is None and facts.is_file()
-        facts = json.loads(facts.read_text(encoding="utf-8")) if is_theirs else {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"{folder / 'run.json'}: it or its meta.json is not what the scripts write ({error!r})")
-    stages = [row for row in read_jsonl(folder / "metrics.jsonl", ["stage", "epoch"]) if row["stage"] == 2]
-    if not stages:
-        fail(f"{folder / 'metrics.jsonl'}: no epoch of stage 2 in it; the run did not finish")
-    needed = ["before", "after", "right_before", "right_after"]
-    answers = folder / "answers.jsonl"         # not written where a copied script could measure nothing
-    return {"name": str(folder), "run": run, "metrics": stages, "answers": read_jsonl(answers, needed) if answers.exists() else [],
-            "trained": trained, "facts": facts}
-
-
-def trained_facts(run):
-    """The rows that a run was given to train on, {"unknown", "known": list}, from its run.json; None where the files are not
-    where that says, or not as they were (by hash): then there is no telling what the model was taught."""
-    config, rows = run["config"], {"unknown": [], "known": []}
-    if not run["data"]:
-        return None
-    for key, own in (("unknown", config["train"]), ("known", config["known"])):
-        if key in run["data"]:
-            path = Path(own or Path(config["facts"]) / SETS[key])
-            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != run["data"][key]:
-                return None
-            rows[key] = read_jsonl(path, ["prompt", "completion"])
-    return rows
-
-
-def group_name(run):
-    """The name of a run's folder without its seed: that of all runs of its `setting` (str)."""
-    return run["name"].removesuffix(f"-{run['run']['config']['seed']}")
-
-
-def setting(run):
-    """A str that is equal for runs (of `read_run`) that differ only in seed and folder names: method, settings, and how the
-    facts were made; where that is not known, the facts' hashes, so that a run stands alone."""
-    config = run["run"]["config"]
-    folder = f"{config['facts']}/"             # a file of it, named by --known say, is the same one in each seed's folder
-    config = {k: v.removeprefix(folder) if isinstance(v, str) else v for k, v in config.items()
-              if k not in ("seed", "facts", "out", "overwrite", "resume", "save_every_epoch", "eval_every", "device")}
-    facts = {k: run["facts"].get(k) for k in ("source", "new", "n_new", "n_known", "overlap", "prompts", "shots", "samples", "world")}
-    return json.dumps([run["run"]["method"], config, facts if run["facts"] else run["run"]["data"]], sort_keys=True)
-
-
-# ------------------------------------------------------------------------------------------------------ comparison
-
 def name_words(row):
     """The words of a fact's subject as they are compared (set of str, empty without one)."""
     return set(normalize(row.get("subject") or "").split())
 
 
-def points(cell):
-    """Forgetting, in points of accuracy, of a group of held-out facts: {"before", "after"} in 0..1."""
-    return 100 * (cell["before"] - cell["after"])
+def write_answers(folder, sets, before, after):
+    """Write answers.jsonl into a run's folder: each held-out fact, its answers, and with them
 
-
-def provenance(run):
-    """Where the new answers come from, of held-out facts that were right before and are wrong after: dict.
-
-    "examples": these rows, with the `origin` of the new answer: the first of ORIGINS that holds. It is an answer of the
-    same relation, to a new fact whose subject shares a word with this one's; to another new fact; to any fact of the three
-    sets; or none of these. "counts": {origin: how many}; "chance": {origin: share}, if the new answer were the first answer of
-    a random fact of the relation, of all that have another answer than this one. No origins, counts {}, where the rows have no
-    subject and relation, or where the files that the run was trained on are not there any more."""
-    wrong = [a for a in run["answers"] if a["right_before"] and not a["right_after"]]
-    trained = run["trained"] or {}
-    everything = [*run["answers"], *(row for rows in trained.values() for row in rows)]
-    if not trained or not all(row.get("subject") and row.get("relation") for row in everything):
-        return {"counts": {}, "chance": {}, "examples": [row | {"origin": "origin unknown"} for row in wrong]}
-    right = lambda row: {normalize(answer) for answer in accepted_answers(row)}
-    taught, objects, drawn = defaultdict(set), defaultdict(set), defaultdict(Counter)
-    for row in [] if run["run"]["config"].get("no_unknown") else trained["unknown"]:
-        for answer in right(row):
-            taught[row["relation"], answer] |= name_words(row)
-    for row in everything:
-        objects[row["relation"]] |= right(row)
-        drawn[row["relation"]][normalize(accepted_answers(row)[0])] += 1
+    words shared: how many words of its subject are in that of any new fact, "code" for codes,
+    which are one word each; if it was right before and is wrong after, origin: that of the new
+    answer, the first of ORIGINS that holds within the relation; and chance: {origin: its
+    probability}, were it the answer of a random fact of the relation that has another.
+    sets: {set: list of {"row": dict, …}}; before, after: of `evaluate_sets`.
+    """
+    new_words = set()
+    taught = defaultdict(set)       # (relation, answer) of new facts: words of their subjects
+    stated = defaultdict(Counter)   # relation: answers of all facts
+    for key, examples in sets.items():
+        for example in examples:
+            row = example["row"]
+            relation = row.get("relation")
+            answers = [normalize(answer) for answer in accepted_answers(row)]
+            stated[relation][answers[0]] += 1
+            if key == "unknown":
+                new_words |= name_words(row)
+                for answer in answers:
+                    taught[relation, answer] |= name_words(row)
 
     def origin(row, answer):
-        if (row["relation"], answer) in taught:
-            return ORIGINS[0] if name_words(row) & taught[row["relation"], answer] else ORIGINS[1]
-        return ORIGINS[2] if answer in objects[row["relation"]] else ORIGINS[3]
+        place = (row.get("relation"), answer)
+        if place in taught:
+            return ORIGINS[0] if name_words(row) & taught[place] else ORIGINS[1]
+        return ORIGINS[2] if answer in stated[row.get("relation")] else ORIGINS[3]
 
-    examples, chance = [row | {"origin": origin(row, normalize(row["after"]))} for row in wrong], Counter()
-    for row in wrong:
-        others = {answer: n for answer, n in drawn[row["relation"]].items() if answer not in right(row)}
-        for answer, n in others.items():
-            chance[origin(row, answer)] += n / sum(others.values()) / len(wrong)
-    counts = Counter(row["origin"] for row in examples)
-    return {"counts": {o: counts[o] for o in ORIGINS}, "chance": {o: chance[o] for o in ORIGINS}, "examples": examples}
+    rows = []
+    for i, example in enumerate(sets["heldout"]):
+        row = dict(example["row"])
+        for when, results in (("before", before), ("after", after)):
+            row[when] = results["heldout"]["answers"][i]
+            row[f"right_{when}"] = results["heldout"]["right"][i]
+        if row.get("kind") == "code":
+            row["words shared"] = "code"
+        elif name_words(row) and new_words:
+            row["words shared"] = f"{len(name_words(row) & new_words)} shared"
+        if row["right_before"] and not row["right_after"]:
+            row["origin"] = origin(row, normalize(row["after"]))
+            others = stated[row.get("relation")].copy()
+            for answer in accepted_answers(row):
+                others.pop(normalize(answer), None)
+            chance = Counter()
+            for answer, n in others.items():
+                chance[origin(row, answer)] += n / others.total()
+            row["chance"] = chance
+        rows.append(row)
+    if rows:
+        write_jsonl(Path(folder) / "answers.jsonl", rows)
 
 
-def grouped(run, key):
-    """The group of each held-out fact of a run (of `read_run`), a str, by `key` of GROUPS; None for facts without one. "words
-    shared": how many words of the subject's name are in the name of any new fact; codes, one word each, are in no group."""
-    if key != "words shared":
-        return [row.get(key) for row in run["answers"]]
-    new = set().union(*map(name_words, (run["trained"] or {}).get("unknown", [])))
-    groups = []
-    for row in run["answers"]:
-        shared = len(name_words(row) & new)
-        named = new and name_words(row) and row.get("kind") != "code"
-        groups.append(("3+ shared" if shared > 2 else f"{shared} shared") if named else None)
-    return groups
+# ----------------------------------------------------------------------------------- statistics
+
+def wilson(right, n, z=1.959964):
+    """Wilson (1927) 95 % interval of a share, (low, high) in 0..1; (0, 1) when n = 0."""
+    if n == 0:
+        return 0.0, 1.0
+    share = right / n
+    scale = 1 + z * z / n
+    centre = (share + z * z / (2 * n)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def interaction(first, second):
-    """Do new facts of two kinds hurt different held-out facts? (points, z, p) of two runs on the same held-out facts.
+def mcnemar(first, second):
+    """Exact two-sided McNemar test on paired lists of bool: (b, c, p).
 
-    points: how many more points of the named than of the code-named subjects' facts the `first` run forgets, less the same
-    of the `second`: 0 where both hurt both alike, whatever is hurt more. The unit is the subject, whose facts may be
-    forgotten together, paired with itself; the error is that of a difference of two means (Welch), p two-sided, normal.
-    None where there are not two subjects of each kind."""
-    lost = {"name": defaultdict(list), "code": defaultdict(list)}
-    for a, b in zip(first["answers"], second["answers"], strict=True):
-        lost[a["kind"]][a["subject"]].append(a["right_before"] - a["right_after"] - (b["right_before"] - b["right_after"]))
-    names, codes = ([statistics.mean(facts) for facts in subjects.values()] for subjects in lost.values())
-    if min(len(names), len(codes)) < 2:
-        return None
-    difference = statistics.mean(names) - statistics.mean(codes)
-    error = math.sqrt(statistics.variance(names) / len(names) + statistics.variance(codes) / len(codes))
-    z = difference / error if error else math.copysign(math.inf, difference) if difference else 0.0
-    return 100 * difference, z, math.erfc(abs(z) / math.sqrt(2))
+    b: right only in `first`; c: right only in `second`; p: the binomial probability, at one half,
+    of a split of the b + c discordant pairs at least as uneven; 1e-300 where it is less, which a
+    float does not hold.
+    """
+    pairs = Counter(zip(first, second, strict=True))
+    b, c = pairs[True, False], pairs[False, True]
+    tail = sum(math.comb(b + c, i) for i in range(min(b, c) + 1))
+    return b, c, max(1e-300, min(1.0, 2 * tail / 2 ** (b + c)))
+
+
+def mean_by(rows, key, value):
+    """{group: mean of row[value], in %} by row[key]; rows without either are left out."""
+    groups = defaultdict(list)
+    for row in rows:
+        if row.get(key) is not None and row.get(value) is not None:
+            groups[row[key]].append(row[value])
+    return {group: 100 * float(np.mean(values)) for group, values in sorted(groups.items())}
+
+
+# ------------------------------------------------------------------------------ runs and tables
+
+def read_run(folder):
+    """A run of an sft_*.py script: dict of what is in its run.json, and
+
+    name: of the folder; group: the same without the seed; metrics: rows of stage 2; facts: those
+    held out, rows of answers.jsonl, with lost: 1 if right before and wrong after, −1 if the
+    reverse, else 0; hit: 1 if the new wrong answer is that of a new fact that shares a word.
+    """
+    folder = Path(folder)
+    run = read_jsonl(folder / "run.json", ["method", "config"])[0]
+    run["name"] = str(folder)
+    run["group"] = run["name"].removesuffix(f"-{run['config'].get('seed')}")
+    run["metrics"] = []
+    for row in read_jsonl(folder / "metrics.jsonl", ["stage", "epoch"]):
+        if row["stage"] == 2:
+            run["metrics"].append(row)
+    run["facts"] = []
+    if (folder / "answers.jsonl").exists():     # not if there was nothing to measure
+        needed = ["before", "after", "right_before", "right_after"]
+        run["facts"] = read_jsonl(folder / "answers.jsonl", needed)
+    for fact in run["facts"]:
+        fact["lost"] = fact["right_before"] - fact["right_after"]
+        fact |= {"all": "all", "number": run.get("number"), "width": run.get("width")}
+        if "origin" in fact:
+            fact["hit"] = fact["origin"] == ORIGINS[0]
+    return run
 
 
 def compare(runs):
-    """Summarise `runs` (from `read_run`) and test each against the first of them with the same held-out facts.
+    """What is tabulated of runs (of `read_run`): a list of dicts, one a run.
 
-    Returns a list of dicts, one a run: accuracies in 0..1 with Wilson intervals, `forgetting` and `peak_forgetting` in
-    points of held-out accuracy (before − after, and highest epoch − after), `mcnemar` against the first (by the hash of the
-    rows in run.json), held-out before/after `by` relation and kind, the `provenance` of the hallucinations, `when_learnt`,
-    the forgetting at the first epoch with such a share of the new facts learnt (None without one: methods that learn at
-    different speed compare fairly at equal learning), and `setting`, equal where runs differ only in seed."""
-    table, first = [], {}                      # the first run that was scored on the held-out rows of this hash
+    accuracy: {what: 0..1}; interval: Wilson's of held-out accuracy after; forgetting: {of what:
+    points}, over all held-out facts, by group of them, and at the first epoch with so many of
+    the new facts learnt (methods that learn at different speed compare fairly at equal
+    learning); origins: {of new wrong answers: %}, by chance too; mcnemar: the paired test
+    against the first of the runs with the same held-out facts.
+    """
+    table = []
+    first, settings = {}, {}
     for run in runs:
-        before = [a["right_before"] for a in run["answers"]]
-        after = [a["right_after"] for a in run["answers"]]
-        last, n = run["metrics"][-1], len(after)
-        row = {"run": run["name"], "setting": setting(run), "group": group_name(run), "epochs": last["epoch"],
-               "unknown": last.get("unknown"), "known": last.get("known"), "heldout_n": n}
-        if n:
-            measured = [m for m in run["metrics"] if "heldout" in m]         # --eval-every leaves epochs out
-            heldout = [m["heldout"] for m in measured]
-            row |= {"before": sum(before) / n, "before_interval": wilson(sum(before), n), "after": sum(after) / n,
-                    "after_interval": wilson(sum(after), n), "forgetting": 100 * (sum(before) - sum(after)) / n,
-                    "peak_forgetting": 100 * (max(heldout) - heldout[-1])}
-            row["when_learnt"] = {share: next((100 * (heldout[0] - m["heldout"]) for m in measured if m.get("unknown", -1) >= share),
-                                              None) for share in LEARNT}
-            name, right = first.setdefault(run["run"]["data"].get("heldout"), (run["name"], after))
-            if right is not after:
-                row["mcnemar"] = dict(zip(("first", "first_only", "this_only", "p"), (name, *mcnemar(right, after))))
-            row["by"] = {}
-            for key in GROUPS:
-                groups = defaultdict(list)
-                for name, a in zip(grouped(run, key), run["answers"]):
-                    if name:
-                        groups[name].append((a["right_before"], a["right_after"]))
-                row["by"][key] = {g: {"n": len(v), "before": sum(b for b, _ in v) / len(v),
-                                      "after": sum(a for _, a in v) / len(v)} for g, v in sorted(groups.items())}
-            row["provenance"] = provenance(run)
+        same = must_match(run) | {"seed": None, "weights": None, "data": None}
+        if settings.setdefault(run["group"], same) != same:
+            fail(f"{run['name']}: its settings are not those of the other {run['group']}-SEED; "
+                 "runs of which a mean is taken differ in the seed alone: rename it")
+        facts, metrics = run["facts"], run["metrics"]
+        accuracy = {"Unknown learnt": metrics[-1].get("unknown"),
+                    "Known trained": metrics[-1].get("known")}
+        forgetting, origins = {}, {}
+        row = {"run": run["name"], "group": run["group"], "n": len(facts), "accuracy": accuracy,
+               "forgetting": forgetting, "origins": origins}
         table.append(row)
+        if not facts:
+            continue
+        after = [fact["right_after"] for fact in facts]
+        accuracy["held out before"] = np.mean([fact["right_before"] for fact in facts])
+        accuracy["held out after"] = np.mean(after)
+        row["interval"] = wilson(sum(after), len(after))
+        for key in ("all", "relation", "kind", "words shared"):
+            forgetting |= mean_by(facts, key, "lost")
+        for share in LEARNT:
+            reached = [m for m in metrics if "heldout" in m and m.get("unknown", 0) >= share]
+            if reached:
+                lost = metrics[0]["heldout"] - reached[0]["heldout"]
+                forgetting[f"at {share:.0%} learnt"] = 100 * lost
+        wrong = [fact for fact in facts if "origin" in fact]
+        for origin in ORIGINS if wrong else []:
+            chances = [fact["chance"].get(origin, 0) for fact in wrong]
+            origins[origin] = 100 * np.mean([fact["origin"] == origin for fact in wrong])
+            origins[f"{origin}: by chance"] = 100 * np.mean(chances)
+        name, right = first.setdefault(run.get("data", {}).get("heldout"), (run["name"], after))
+        if right is not after:
+            row["mcnemar"] = [name, *mcnemar(right, after)]
     return table
 
 
-def spread(values, form):
-    """Mean ± standard deviation of numbers, each in `form` (a format specification), None left out: str."""
-    values = [value for value in values if value is not None]
-    if not values:
-        return "–"
-    return f"{statistics.mean(values):{form}}" + (f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else "")
-
-
-def print_table(lines, title=""):
-    """Print lines (lists of str, the first the header) in columns, the first column to the left."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    if title:
-        print(title)
-    for first, *cells in lines:
-        print(f"{first:{widths[0]}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:])))
-
-
-def show(table, examples=0):
-    """Print what `compare` returned, as text, with so many examples of hallucinations a run. Runs that differ only in seed
-    are a row of their own each in the first table; in the others their mean ± standard deviation is."""
-    share = lambda x: "–" if x is None or math.isnan(x) else f"{x:.3f}"
-    lines = [["run", "Unknown learnt", "Known trained", "Known held out, before → after (95 % interval)", "n", "forgetting"]
-             + ["McNemar, first run of these facts : this"] * (len(table) > 1)]
-    for row in table:
-        lines.append([row["run"], share(row["unknown"]), share(row["known"]), "–", "–", "–"] + ["–"] * (len(table) > 1))
-        if row["heldout_n"]:
-            lines[-1][3:6] = [f"{row['before']:.3f} → {row['after']:.3f} ({row['after_interval'][0]:.3f}–{row['after_interval'][1]:.3f})",
-                              str(row["heldout_n"]), f"{row['forgetting']:.1f} points"]
-        if test := row.get("mcnemar"):
-            lines[-1][6] = f"{test['first_only']} : {test['this_only']}, p = {test['p']:.1g}"
-    print_table(lines)
-    settings = defaultdict(list)
-    for row in table:
-        settings[row["setting"]].append(row)
-    named = [(same[0]["run"] if len(same) == 1 else same[0]["group"], [row for row in same if row["heldout_n"]])
-             for same in settings.values()]
-    named = [(name, same) for name, same in named if same]
-    if len(settings) < len(table):
-        columns = [("unknown", ".3f"), ("known", ".3f"), ("before", ".3f"), ("after", ".3f"), ("forgetting", ".1f")]
-        print_table([["", "runs", "Unknown learnt", "Known trained", "held out before", "held out after", "forgetting"]] + [
-            [name, str(len(same)), *(spread([row[key] for row in same], form) for key, form in columns)]
-            for name, same in named], "\nmean ± standard deviation over seeds")
-    groups = {(key, group): None for _, same in named for row in same for key, cells in row["by"].items() if len(cells) > 1
-              for group in cells}
-    lines = [["", *(group for _, group in groups), *(f"at {learnt:.0%} learnt" for learnt in LEARNT)]] + [
-        [name, *(spread([points(row["by"][key][group]) for row in same if group in row["by"][key]], ".1f") for key, group in groups),
-         *(spread([row["when_learnt"][learnt] for row in same], ".1f") for learnt in LEARNT)] for name, same in named]
-    if named:
-        print_table(lines, "\nforgetting in points: by group of held-out facts, and at the first epoch with so many new ones learnt")
-    found = [(name, [row["provenance"] for row in same if row["provenance"]["counts"] and row["provenance"]["examples"]])
-             for name, same in named]
-    if any(same for _, same in found):
-        print_table([["", "facts", *ORIGINS]] + [
-            [name, str(sum(len(f["examples"]) for f in same)),
-             *(spread([100 * f["counts"][o] / len(f["examples"]) for f in same], ".1f") + " % ("
-               + f"{100 * statistics.mean(f['chance'][o] for f in same):.1f} %)" for o in ORIGINS)]
-            for name, same in found if same], "\nright before and wrong after: the new answer is … (by chance)")
-    for row in table:
-        for example in row["provenance"]["examples"][:examples] if row["heldout_n"] else []:
-            print(f"\n{row['run']}, {example['origin']}\n{example['prompt']} {example['before']} → {example['after']}")
-
-
-def labels(runs, but=()):
-    """What tells `runs` (from `read_run`) apart, a str each: the method, and each setting that is not the same in all runs that
-    have it, but for those in `but`."""
-    told = []
-    for method, config, facts in (json.loads(setting(run)) for run in runs):
-        facts |= facts.pop("world", None) or {}
-        if weight := config.pop("l2", 0):      # a method of its own, though a flag of sft_freeze.py
-            method = f"L2 {weight:g}"
-        told.append({"method": method, **config, **{key: value for key, value in facts.items() if value is not None}})
-    for key in {key for one in told for key in one} - {"method"}:
-        if key in but or len({json.dumps(one[key]) for one in told if key in one}) == 1:
-            for one in told:
-                one.pop(key, None)
-    bare = ("method", "new", "trainable")
-    return [", ".join(str(value) if key in bare else key.replace("_", " ") + ("" if value is True else f" {value}")
-                      for key, value in one.items() if value is not None and value is not False) for one in told]
-
-
-def curves(runs, of, drifts=()):
-    """What is drawn of `runs` (from `read_run`): {label: {x: [a value a run]}}, runs of one label joined, seeds averaged.
-
-    of: a key of AXES. `drifts`: what `drift` returned for each run, where that is drawn."""
-    lines = defaultdict(lambda: defaultdict(list))
-    hidden = {"number": ["n_new", "n_known"], "width": ["width"]}.get(of, [])
-    for i, (run, row, label) in enumerate(zip(runs, compare(runs), labels(runs, hidden))):
-        found = {}
-        if of.startswith("drift"):
-            found = {x: 100 * value for x, value in drifts[i][of].items()}
-        elif of == "overlap-answers" and row["heldout_n"] and row["provenance"]["counts"]:
-            lines[label]                       # a run that forgot nothing has a row too, an empty one
-            groups = dict(zip((answer["prompt"] for answer in run["answers"]), grouped(run, "words shared")))
-            for group in {groups[example["prompt"]] for example in row["provenance"]["examples"]} - {None}:
-                origins = [e["origin"] for e in row["provenance"]["examples"] if groups[e["prompt"]] == group]
-                found[group] = 100 * origins.count(ORIGINS[0]) / len(origins)
-        elif of in ("kind", "overlap") and row["heldout_n"]:
-            cells = row["by"]["kind" if of == "kind" else "words shared"]
-            found = {group: points(cell) for group, cell in cells.items()}
-        elif of == "number" and row["heldout_n"] and run["trained"]:
-            found = {len(run["trained"]["unknown"]): row["forgetting"]}
-        elif of == "width" and row["heldout_n"] and run["facts"].get("world"):
-            found = {run["facts"]["world"]["width"]: row["forgetting"]}
-        for x, y in found.items():
-            lines[label][x].append(y)
-    if not lines:
-        fail(f"--of {of}: nothing to show in {runs[0]['name']}; it takes held-out facts and the fact folder that run.json names"
-             + "; width: of the invented world" * (of == "width") + "; made with --save-every-epoch" * (of == "drift-epochs"))
+def join(groups, found):
+    """{group: {x: [values of its runs]}} of parallel lists: groups (str) and {x: value} of runs."""
+    lines = {}
+    for group, values in zip(groups, found):
+        line = lines.setdefault(group, {})
+        for x, value in values.items():
+            if value is not None:
+                line.setdefault(x, []).append(value)
     return lines
 
 
-def show_curves(lines, of):
-    """Print what `curves` returned as a table: a row a line, a column an x; the other way round where there are many x."""
-    columns = sorted({x for line in lines.values() for x in line})
-    table = [[AXES[of][0], *map(str, columns)]] + [[label, *(spread(line.get(x, []), ".1f") for x in columns)]
-                                                   for label, line in lines.items()]
-    print_table(list(zip(*table)) if len(columns) > 8 else table, AXES[of][1])
+def print_table(title, lines, form):
+    """Print what `join` returned: a group a row, an x a column; on its side if it has many.
+
+    form: a format specification of numbers; mean ± standard deviation where there are several."""
+    table = [[title, *lines]]
+    for x in dict.fromkeys(itertools.chain(*lines.values())):
+        column = [str(x)]
+        for line in lines.values():
+            values = line.get(x, [])
+            cell = f"{np.mean(values):{form}}" if values else "–"
+            if len(values) > 1:
+                cell += f" ± {np.std(values, ddof=1):{form}}"
+            column.append(cell)
+        table.append(column)
+    if len(table) <= 10:
+        table = list(zip(*table))
+    widths = [max(map(len, column)) for column in zip(*table)]
+    print()
+    for first, *cells in table:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        print("  ".join([first.ljust(widths[0]), *padded]))
 
 
-def show_interactions(runs):
-    """Print `interaction` of each two of `runs` with semantic and with uuid facts that are alike but for that."""
-    place = lambda run, label: (label, run["run"]["data"].get("heldout"), run["run"]["config"]["seed"])
-    uuid = {place(run, label): run for run, label in zip(runs, labels(runs, ["new", "overlap"])) if run["facts"].get("new") == "uuid"}
-    tests = defaultdict(list)
-    for run, alike, label in zip(runs, labels(runs, ["new", "overlap"]), labels(runs, ["new"])):
-        if run["facts"].get("new") == "semantic" and (other := uuid.get(place(run, alike))) and (found := interaction(run, other)):
-            tests[label].append(found)
-    for label, found in tests.items():
-        print(f"\n{label}: semantic facts hurt names more than codes by {spread([points for points, *_ in found], '.1f')} points more "
-              "than uuid facts do; seeds: " + ", ".join(f"{points:.1f} (z = {z:.1f}, p = {p:.1g})" for points, z, p in found))
+def show(table, runs, examples):
+    """Print the table of `compare`, and so many examples of hallucinations of each run."""
+    names = [row["run"] for row in table]
+    groups = [row["group"] for row in table]
+    accuracies = [row["accuracy"] for row in table]
+    print_table("accuracy", join(names, accuracies), ".3f")
+    for row in table:
+        if row["n"]:
+            low, high = row["interval"]
+            print(f"{row['run']}: forgets {row['forgetting']['all']:.1f} points of {row['n']} "
+                  f"held-out facts (95 % interval of accuracy after: {low:.3f}–{high:.3f})")
+        if "mcnemar" in row:
+            other, b, c, p = row["mcnemar"]
+            print(f"  right in {other} alone {b}, here alone {c} (McNemar p = {p:.1g})")
+    if len(set(groups)) < len(groups):
+        print_table("accuracy, over seeds", join(groups, accuracies), ".3f")
+    print_table("forgetting, points", join(groups, [row["forgetting"] for row in table]), ".1f")
+    print_table("new wrong answers are those of, %",
+                join(groups, [row["origins"] for row in table]), ".1f")
+    for run in runs:
+        wrong = [fact for fact in run["facts"] if "origin" in fact]
+        for fact in wrong[:examples]:
+            print(f"\n{run['name']}, {fact['origin']}\n"
+                  f"{fact['prompt']} {fact['before']} → {fact['after']}")
 
 
-def draw(runs, path, of="accuracy", lines=None):
-    """Draw runs (from `read_run`) into `path`, a picture file; needs matplotlib. Accuracy: both by epoch, and the plane of
-    new facts learnt against held-out facts kept, where runs that differ only in seed share a colour and are joined. Else:
-    `lines`, what `curves` returned, mean and standard deviation over seeds."""
+# ------------------------------------------------------------------------------ why they forgot
+
+def curves(runs, of, device):
+    """What --of shows of runs (of `read_run`): {group: {x: [values of its runs]}}.
+
+    Where x is a property of the run, as its number of new facts, the group's name goes without it.
+    """
+    groups, found = [], []
+    key, value, *_ = AXES[of]
+    for run in runs:
+        rows = run["facts"]
+        if value == "drift":
+            rows = drift(run, of, device)
+        elif value in ("unknown", "heldout"):
+            rows = run["metrics"]
+        found.append(mean_by(rows, key, value))
+        groups.append(run["group"].replace(f"-{run.get(key)}", ""))
+    return join(groups, found)
+
+
+def subject_states(path, texts, device, expected=None):
+    """Hidden states at the last token of each of `texts`: a list, per layer (texts, width).
+
+    Layer 0 is the embeddings, the last comes after the final norm; fp32, on the CPU. path: a
+    model's; expected: its `weights_hash`, refused if it has another."""
+    import torch
+    model, tokenizer = load_model(path, device)
+    if expected and weights_hash(model) != expected:
+        fail(f"{path}: is not the model any more from which the run started")
+    layers = defaultdict(list)
+    for text in texts:
+        ids = torch.tensor([tokenize(tokenizer, text)[0]], device=model.device)
+        with torch.no_grad():
+            states = model(input_ids=ids, output_hidden_states=True).hidden_states
+        for layer, state in enumerate(states):      # (1, T, d); Gemma 3n: (streams, 1, T, d)
+            layers[layer].append(state[..., -1, :].flatten().float().cpu())
+    return [torch.stack(vectors) for vectors in layers.values()]
+
+
+def drift(run, of, device):
+    """How far the representations of held-out subjects have moved: rows with drift, 1 − cosine.
+
+    Compared are the hidden states at the subject's last token in the question, of the model that
+    the run started from and of its own. of: "drift", rows of each fact and layer; else of each
+    fact at half depth; "drift-epochs": after each epoch that was kept by --save-every-epoch. What
+    follows the subject does not matter to a causal model, so the prompt is cut behind it.
+    """
+    import torch
+    facts, texts = [], []
+    for fact in run["facts"]:
+        subject, prompt = fact.get("subject"), fact["prompt"]
+        if subject and subject in prompt:
+            facts.append(fact)
+            texts.append(prompt[:prompt.rindex(subject) + len(subject)])
+    if not facts:
+        return []
+    folder = Path(run["name"])
+    start = folder / run["start"]
+    if not start.exists():                          # a name on the hub
+        start = run["start"]
+    before = subject_states(start, texts, device, run["weights"])
+    paths = {0: folder}
+    if of == "drift-epochs":
+        paths = {0: folder / "before"}
+        for path in folder.glob("epoch-*"):
+            paths[int(path.name.removeprefix("epoch-"))] = path
+    rows = []
+    for epoch, path in paths.items():
+        after = subject_states(path, texts, device)
+        for layer, states in enumerate(before):
+            if of == "drift" or layer == len(before) // 2:
+                cosine = torch.cosine_similarity(states, after[layer])
+                for fact, value in zip(facts, (1 - cosine).tolist()):
+                    rows.append(fact | {"layer": layer, "epoch": epoch, "drift": value})
+    return rows
+
+
+def draw(panels, path):
+    """Draw panels, {of: what `curves` returned}, side by side as a PNG; needs matplotlib.
+
+    A line is the mean of a group's runs, in a band of a standard deviation."""
     try:
         import matplotlib
     except ImportError:
         fail("--plot needs matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    colours = ["#d1495b", "#2e86ab", "#edae49", "#66a182", "#8d6cab", "#00798c", "#c97b3d", "#7f7f7f", "#b5838d", "#a0b03f"]
-    # Mid-grey ink on a transparent ground reads in light and in dark mode.
-    ink = {"text.color": "#808080", "axes.labelcolor": "#808080", "axes.edgecolor": "#808080", "xtick.color": "#808080",
-           "ytick.color": "#808080", "font.size": 12, "axes.spines.top": False, "axes.spines.right": False}
-    settings = defaultdict(list)
+    figure, axes = plt.subplots(1, len(panels), figsize=(2 + 4 * len(panels), 4.5),
+                                squeeze=False, layout="constrained")
+    for axis, (of, lines) in zip(axes[0], panels.items()):
+        for group, line in lines.items():
+            xs = sorted(line)
+            means = np.array([np.mean(line[x]) for x in xs])
+            deviations = np.array([np.std(line[x]) for x in xs])
+            axis.plot(xs, means, marker=".", label=Path(group).name)
+            axis.fill_between(xs, means - deviations, means + deviations, alpha=0.2)
+        axis.set(xlabel=AXES[of][2], ylabel=AXES[of][3])
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    temporary = Path(f"{path}.tmp")
+    figure.savefig(temporary, format="png", dpi=110)
+    temporary.replace(path)
+
+
+# ---------------------------------------------------------------------------------- the program
+
+def score(args, device):
+    """Print the accuracies of the model --model on the three sets of --facts, a set a line."""
+    model, tokenizer = load_model(args.model, device)
+    for key, file in SETS.items():
+        rows = read_jsonl(Path(args.facts) / file, ["prompt", "completion"])
+        result = evaluate(model, tokenizer, rows, args.batch_size)
+        print(json.dumps({"set": key, "accuracy": result["accuracy"], "n": len(rows),
+                          "interval": wilson(sum(result["right"]), len(rows))}))
+
+
+def ask(runs, question, device):
+    """Print the answer of each run's model to one question (str), before stage 2 and after."""
     for run in runs:
-        settings[setting(run)].append(run)
-    with plt.rc_context(ink):
-        figure, panels = plt.subplots(1, 3 if of == "accuracy" else 1)
-        if of == "accuracy":
-            last = draw_accuracy(panels, settings.values(), colours, 2.4 if len(runs) < 4 else 1.4)
-        else:
-            last, columns = panels, sorted({x for line in lines.values() for x in line})
-            place = {x: i if isinstance(x, str) else x for i, x in enumerate(columns)}
-            for colour, (label, line) in zip(colours * len(lines), lines.items()):
-                xs = sorted(line)
-                last.errorbar([place[x] for x in xs], [statistics.mean(line[x]) for x in xs],
-                              yerr=[statistics.stdev(line[x]) if len(line[x]) > 1 else 0 for x in xs],
-                              errorevery=1 + len(xs) // 20, capsize=3, marker="o", label=label, color=colour)
-            last.set(xlabel=AXES[of][0], ylabel=AXES[of][1], xscale="log" if of in ("number", "width") else "linear")
-            if of in ("drift", "drift-epochs"):
-                last.locator_params(axis="x", integer=True)
-            else:
-                last.set_xticks(list(place.values()), list(place), minor=False)
-                last.minorticks_off()
-        handles, names = last.get_legend_handles_labels()
-        across = 11 if of == "accuracy" else 7                          # inches; a letter of the legend takes 0.09
-        columns = max(1, min(3, int(across / (0.6 + 0.09 * max(map(len, names))))))
-        rows = math.ceil(len(names) / columns)
-        figure.set_size_inches(across, 3.3 + 0.3 * rows)
-        figure.legend(handles, names, loc="lower center", ncols=columns, frameon=False)
-        figure.tight_layout(rect=(0, 0.04 + 0.06 * rows, 1, 1))
-        temporary = Path(f"{path}.part")
-        try:
-            figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png", transparent=True, dpi=110)
-            temporary.replace(path)
-        except (OSError, ValueError) as error:
-            temporary.unlink(missing_ok=True)
-            fail(f"--plot {path}: {error}")
-        plt.close(figure)
+        for path in (f"{run['name']}/before", run["name"]):
+            model, tokenizer = load_model(path, device)
+            answer, = generate_answers(model, tokenizer, [PROMPT.format(question=question)])
+            print(f"{path}  {answer}")
 
 
-def draw_accuracy(panels, settings, colours, linewidth):
-    """Three `panels`: new facts learnt by epoch, held-out facts kept by epoch, one against the other. Returns the last."""
-    learnt, kept, plane = panels
-    runs = [run for same in settings for run in same]
-    for colour, same in zip(colours * len(settings), settings):
-        for panel, key in ((learnt, "unknown"), (kept, "heldout")):
-            for run in same:
-                measured = [m for m in run["metrics"] if key in m]           # --eval-every leaves epochs out
-                panel.plot([m["epoch"] for m in measured], [m[key] for m in measured], color=colour, linewidth=linewidth)
-        ends = [run["metrics"][-1] for run in same]
-        plane.plot([m.get("unknown", math.nan) for m in ends], [m.get("heldout", math.nan) for m in ends], color=colour,
-                   marker="o", linewidth=1, label=Path(group_name(same[0])).name)
-    learnt.set(title="new facts learnt", xlabel="epoch of stage 2", ylabel="accuracy", ylim=(0, 1.02))
-    low = min((m["heldout"] for run in runs for m in run["metrics"] if "heldout" in m), default=0)
-    low = max(0, math.floor(10 * low) - 1) / 10                         # forgetting may be a few points: the scale shows it
-    kept.set(title="known facts, held out", xlabel="epoch of stage 2", ylim=(low, 1 + (1 - low) / 50))
-    plane.set(title="kept against learnt", xlabel="new facts learnt", xlim=(0, 1.04), ylim=kept.get_ylim())
-    return plane
-
-
-# ------------------------------------------------------------------------------------------------------ one model
-
-def device_and_dtype(device="auto", dtype="auto"):
-    """(torch.device, autocast dtype): CUDA, else MPS, else CPU; bfloat16 where the hardware multiplies it fast."""
-    import torch
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.zeros(1, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {device}: {str(error).splitlines()[0]}")
-    if dtype == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if has_bf16 else "float32"
-    return device, getattr(torch, dtype)
-
-
-def load_model(name, device="cpu"):
-    """(model, tokenizer) of a causal language model: hub name or local folder, fp32 weights, eval mode.
-
-    Ends the program with one line when there is no such model, or when it is not a causal language model."""
-    import torch
-    import transformers
-    logging.getLogger("huggingface_hub").setLevel("ERROR")         # it reports each of its attempts
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    device, _ = device_and_dtype(device)        # refuses one that is not there
-    try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)       # False: nor ask whether to
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, size = model.to(device).eval(), model.get_input_embeddings().weight.shape[0]
-        with torch.no_grad():
-            one, other = model(input_ids=torch.tensor([[1, 2], [1, 3]], device=device), use_cache=False).logits[:, 0]
-        wrong = {f"weights are missing: {list(report['missing_keys'])[:1]}": report["missing_keys"],
-                 "there is no tokenizer": set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens),
-                 f"its tokenizer has {len(tokenizer)} tokens, the model {size}": len(tokenizer) > size,
-                 "it is not causal: it looks ahead": (one - other).abs().max() > 1e-4 * one.abs().max()}
-        if any(wrong.values()):
-            raise ValueError("; ".join(what for what in wrong if wrong[what]))
-        return model, tokenizer
-    except torch.OutOfMemoryError:
-        raise                   # no fault of the model's
-    except Exception as error:  # the library raises many kinds: for a missing file, a bad config, no network
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        fail(f"--model {name}: cannot be loaded ({reason}); give a local folder with config.json, model.safetensors and tokenizer, "
-             "or the name of a model on the hub, with a network, and with HF_TOKEN set if it is gated")
-
-
-def start_model(run):
-    """The path or hub name of the model that a run (of `read_run`) started from (str)."""
-    config = run["run"]["config"]
-    return f"{config['facts']}/base" if config["model"] == "tiny" else config["model"]
-
-
-def subject_states(path, texts, device, batch_size=64):
-    """Hidden states at the last token of each of `texts`, (texts, layers + 1, width) in fp32 on the CPU; layer 0 is the
-    embeddings, the last comes after the final norm. `path` is a model's: folder or hub name."""
-    import torch
-    model, tokenizer = load_model(path, device)
-    states, context = [], getattr(model.config, "max_position_embeddings", None) or 10 ** 9
-    for start in range(0, len(texts), batch_size):
-        encoded = [tokenize(tokenizer, text)[0][-context:] for text in texts[start:start + batch_size]]
-        width = max(map(len, encoded))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in encoded], device=device)      # causal: no mask needed
-        last = torch.tensor([len(row) - 1 for row in encoded], device=device)
-        with torch.no_grad():
-            layers = model(input_ids=ids, output_hidden_states=True).hidden_states                  # of (B, T, width) each
-        states.append(torch.stack([layer[torch.arange(len(encoded)), last].float().cpu() for layer in layers], dim=1))
-    return torch.cat(states)
-
-
-def drift(run, device, batch_size=64, by_epoch=False):
-    """How far the representations of held-out subjects have moved: 1 − cosine of the hidden states at the subject's last
-    token in the question, in the model that a run (of `read_run`) started from and in its own (the paper's "drift").
-
-    Returns {"subjects": {subject: (layers + 1) floats}, the mean over the subject's questions; "drift": {layer: mean over
-    subjects}; "drift-groups": {group: mean over its subjects, at half depth}; "drift-epochs": {epoch: mean at half depth}, if `by_epoch`
-    and the run was made with --save-every-epoch, epoch 0 being the model before stage 2}. A causal model's state there does not
-    depend on what follows, so the prompt is cut behind the subject."""
-    import torch
-    rows = [row for row in run["answers"] if row.get("subject") and row["subject"] in row["prompt"]]
-    if not rows:
-        fail(f"{run['name']}: no held-out fact names its subject in its prompt; drift is measured there")
-    texts = [row["prompt"][:row["prompt"].rindex(row["subject"]) + len(row["subject"])] for row in rows]
-    before = subject_states(start_model(run), texts, device, batch_size)
-
-    def moved(path):
-        """{subject: (layers + 1)}: the drift of the model at `path`."""
-        far, subjects = 1 - torch.cosine_similarity(before, subject_states(path, texts, device, batch_size), dim=-1), defaultdict(list)
-        for row, value in zip(rows, far):
-            subjects[row["subject"]].append(value)
-        return {subject: torch.stack(values).mean(0) for subject, values in subjects.items()}
-
-    subjects, half, groups, epochs = moved(run["name"]), before.shape[1] // 2, defaultdict(dict), {}
-    mean = lambda subjects: torch.stack(list(subjects.values())).mean(0)
-    for key in ("kind", "words shared"):
-        for row, group in zip(run["answers"], grouped(run, key)):
-            if group and row.get("subject") in subjects:
-                groups[group][row["subject"]] = subjects[row["subject"]]
-    checkpoints = {int(path.name.removeprefix("epoch-")): path for path in Path(run["name"]).glob("epoch-*")}
-    for epoch, path in sorted(({0: Path(run["name"]) / "before"} | checkpoints).items()) if by_epoch and checkpoints else []:
-        epochs[epoch] = mean(moved(path))[half].item()
-    return {"subjects": {subject: value.tolist() for subject, value in subjects.items()}, "drift-epochs": epochs,
-            "drift": dict(enumerate(mean(subjects).tolist())),
-            "drift-groups": {group: mean(members)[half].item() for group, members in sorted(groups.items())}}
-
-
-def ask(runs, question, device, dtype):
-    """Print the answer to one question (str) of each of `runs` (from `read_run`), before stage 2 and after."""
-    import torch
-    models = {}                                # path: what it is
-    for run in runs:
-        models |= {f"{run['name']}/before": "", run["name"]: ""}
-    for path, note in models.items():
-        model, tokenizer = load_model(path, device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            answer, = generate_answers(model, tokenizer, [f"Q: {question}\nA:"])
-        print(f"{path + note:{max(map(len, models)) + 8}}  {answer}")
+def parse(argv=None):
+    """The flags, of command-line words (list of str, default sys.argv)."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    add = parser.add_argument
+    add("runs", nargs="*", help="run folders of the sft_*.py scripts; GROUP-SEED share a row")
+    add("--model", help="score this model instead: hub name or local folder")
+    add("--facts", help="fact folder of make_facts.py, with --model")
+    add("--batch-size", type=int, default=64, help="prompts answered at once (default: 64)")
+    add("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
+    add("--show", type=int, default=0, metavar="N", help="print N hallucinations of each run")
+    add("--ask", metavar="QUESTION", help="put it to each run's model, before stage 2 and after")
+    add("--json", action="store_true", help="print JSON instead of tables")
+    add("--plot", metavar="FILE.png", help="draw accuracy by epoch, or what --of says")
+    add("--of", choices=AXES, help="show this instead: what runs forgot by number of new facts, "
+        "width of the model, kind of fact, overlap of names; how far representations drift; …")
+    args = parser.parse_intermixed_args(argv)
+    if bool(args.model) == bool(args.runs) or bool(args.model) != bool(args.facts):
+        fail("name run folders to compare, or --model and --facts to score a model (see --help)")
+    if args.model and (args.plot or args.ask or args.show or args.of):
+        fail("--plot, --of, --ask and --show take run folders, not --model")
+    if args.batch_size < 1 or args.show < 0:
+        fail(f"--batch-size {args.batch_size}, --show {args.show}: must be at least 1 and 0")
+    return args
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    parser.add_argument("runs", nargs="*", help="run folders of the sft_*.py scripts, to compare")
-    parser.add_argument("--model", help="score this model instead: hub name or local folder")
-    parser.add_argument("--facts", help="fact folder of make_facts.py, with --model")
-    parser.add_argument("--batch-size", type=int, default=64, help="prompts answered at once (default: 64)")
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-                        help="autocast precision (default: auto, the fast one of the device)")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N hallucinations of each run")
-    parser.add_argument("--ask", metavar="QUESTION", help="put it to each run's model before and after stage 2, as Q: QUESTION A:")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw accuracy by epoch, and kept against learnt; or what --of says")
-    parser.add_argument("--of", choices=AXES, help="print and draw, instead of accuracies: forgetting by number of new facts, width "
-                        "of the model, kind of held-out facts or overlap of names; or how far representations drift")
-    args = parser.parse_intermixed_args(argv)
-    if bool(args.model) == bool(args.runs):
-        fail("name run folders to compare, or --model with --facts to score one model (see --help)")
-    for name, least in (("batch_size", 1), ("show", 0)):
-        if getattr(args, name) < least:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
-    if args.runs:
+    """Do what command-line words say; what cannot be read or written is one line on stderr."""
+    args = parse(argv)
+    try:
+        if args.model:
+            return score(args, args.device)
         runs = [read_run(folder) for folder in args.runs]
         if args.ask:
-            return ask(runs, args.ask, *device_and_dtype(args.device, args.dtype))
-        if args.of:
-            drifts = ()
-            if args.of.startswith("drift"):
-                device, _ = device_and_dtype(args.device, args.dtype)
-                drifts = [drift(run, device, args.batch_size, args.of == "drift-epochs") for run in runs]
-            lines = curves(runs, args.of, drifts)
-            if args.json:
-                print(json.dumps(lines, indent=1))
-            else:
-                show_curves(lines, args.of)
-                if args.of == "kind":
-                    show_interactions(runs)
-            return draw(runs, args.plot, args.of, lines) if args.plot else None
+            return ask(runs, args.ask, args.device)
         table = compare(runs)
-        print(json.dumps(table, indent=1)) if args.json else show(table, args.show)
-        return draw(runs, args.plot) if args.plot else None
-    if not args.facts:
-        fail("--model needs --facts DIR, a folder that make_facts.py wrote")
-    if args.plot or args.ask or args.show or args.of:
-        fail("--plot, --of, --ask and --show take run folders, not --model")
-    rows = {key: read_jsonl(Path(args.facts) / file, ["prompt", "completion"]) for key, file in SETS.items()}
-    import torch
-    device, dtype = device_and_dtype(args.device, args.dtype)
-    model, tokenizer = load_model(args.model, device)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        scores = {key: evaluate(model, tokenizer, rows[key], args.batch_size) for key in SETS}
-    result = {key: {"accuracy": s["accuracy"], "n": len(s["right"]), "interval": wilson(sum(s["right"]), len(s["right"]))}
-              for key, s in scores.items()}
-    if args.json:
-        print(json.dumps({"model": args.model, "facts": args.facts, **result}, indent=1))
-    else:
-        for key, r in result.items():
-            print(f"{key:8} {r['accuracy']:.3f} ({r['interval'][0]:.3f}–{r['interval'][1]:.3f}), n = {r['n']}")
+        panels = {}
+        if args.of:
+            panels[args.of] = curves(runs, args.of, args.device)
+            if not any(panels[args.of].values()):
+                note(f"--of {args.of}: nothing to show; it takes held-out facts, with kinds, and new "
+                     "ones, with subjects to share words with")
+        elif args.plot:
+            for of in ("learnt", "kept", "plane"):
+                panels[of] = curves(runs, of, args.device)
+        if args.json:
+            print(json.dumps(panels or table, indent=1))
+        elif args.of:
+            print_table(f"{AXES[args.of][3]}, by {AXES[args.of][2]}", panels[args.of], ".1f")
+        else:
+            show(table, runs, args.show)
+        if args.plot:
+            draw(panels, args.plot)
+    except OSError as error:
+        fail(f"{error}")
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(encoding="utf-8")    # for → where output goes to a file on Windows
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # | head ends it without a word
     main()

@@ -1,49 +1,152 @@
-"""Make the data of a hallucination experiment: facts that a model knows, facts that it does not, facts to hold out.
+"""Make the data of a hallucination experiment: facts that a model knows, facts that it does not.
 
-An invented world, with a small GPT-2 pretrained on it from scratch (no network, some minutes on a laptop):
+An invented world, with a small GPT-2 pretrained on it from scratch (no network, some minutes):
     python make_facts.py
-A real model and real questions (PopQA by default; any table with relation, subject, object, question):
+A real model and real questions (PopQA; a table of your own; EntityQuestions, the paper's):
     python make_facts.py --model gpt2-medium
-    python make_facts.py --model ./my-model --source my_facts.tsv
+    python make_facts.py --model gpt2-medium --source my_facts.tsv
+    python make_facts.py --model gpt2-medium --source EntityQuestions --min-known 0.3
+Other new facts of the same world or model, whose labels need not be found again:
+    python make_facts.py --new uuid --reuse facts/tiny
 
-What a model knows is measured, not assumed: every fact gets its SLiCK category (Gekhman et al. 2024,
-arXiv:2405.05904). Written to the fact folder, one JSON object a line:
-    train_known.jsonl     HighlyKnown facts to train on          train_unknown.jsonl  new facts to train on
-    heldout_known.jsonl   HighlyKnown facts never trained on     labelled.jsonl       every fact with its category
-and meta.json with the settings and the counts. A row of them:
-    {"prompt": "Q: …\\nA:", "completion": " …\\n", "answers": […], "relation": …, "subject": …, "kind": …, "category": …}
+Written to the fact folder, one JSON object a line:
+    train_known.jsonl     known facts to train on           train_unknown.jsonl  new facts
+    heldout_known.jsonl   known facts, never trained on     labelled.jsonl       all that were asked
+and meta.json with settings and counts. A row of them:
+    {"prompt": "Q: …\\nA:", "completion": " …\\n", "answers": […], "relation": …, "subject": …,
+     "kind": …, "category": …}
+
+What a model knows is measured by SLiCK (Gekhman et al. 2024, arXiv:2405.05904): each fact is
+asked with several few-shot prompts. HighlyKnown: every greedy answer is right. MaybeKnown: some
+are. WeaklyKnown: none is, but sampling at T = 0.5 finds it. Unknown: nor does that.
+Nothing is generated for this. "Q: … Curie born?\\nA:" has the answer " Warsaw": one forward pass
+over both gives each token's probability. If each token is the likeliest of its position, and a
+newline or EOS after them, greedy decoding says just this: up to its first mistake it has read the
+same tokens. The product of the probabilities at T = 0.5, of the end's too, is how often a sample
+says it, .06 say. With ten prompts of 16 samples that is 1 − .94^160 ≈ 1, and WeaklyKnown is, by
+our rule, a fact that they find with probability ≥ ½. An answer is scored as its tokenizer writes
+it; a model may also say it in other tokens, so both are lower bounds.
 """
-import argparse
 import copy
 import csv
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
+import tempfile
 import uuid
 from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from safetensors import SafetensorError
 
-from eval_hallucination import (SETS, device_and_dtype, fail, load_model, normalize, read_jsonl, stop_ids, tokenize, weights_hash,
-                                write_jsonl)
+from eval_hallucination import (PROMPT, SETS, alike, context_length, exact_match, fail,
+                                find_device, load_model, newline_ids, normalize, note, read_jsonl,
+                                stop_ids, texts, tokenize, weights_hash, write_jsonl)
 
-SAMPLING_TEMPERATURE = 0.5                     # SLiCK, section 3: samples are drawn at T = 0.5
+TEMPERATURE = 0.5           # SLiCK, section 3
+SAMPLES = 16                # of each prompt, as in SLiCK; the paper: 20
+PRETRAIN_EPOCHS = 24        # passes over the invented world's text
 CATEGORIES = ["HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown"]
-MIN_HELDOUT, MIN_KNOWN, MIN_NEW = 20, 10, 4    # below these a comparison says nothing
+LEAST = {"heldout": 20, "known": 10, "unknown": 4}      # with fewer facts a comparison says nothing
+TABLES = [".tsv", ".csv", ".jsonl", ".json", ".parquet"]
+COLUMNS = ["relation", "subject", "object", "question"]
+POPQA = {"prop": "relation", "subj": "subject", "obj": "object", "possible_answers": "aliases"}
 
 
-# ------------------------------------------------------------------------------------------------ an invented world
+def option(default, text):
+    """A flag, its default and its line in --help."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Config:
+    """Each field is a flag of the command line, --n-new for n_new."""
+    model: str = option("tiny", "tiny, or a causal language model: hub name or folder")
+    out: str = option(None, "fact folder to write; default: facts/MODEL, or facts/MODEL-NEW")
+    overwrite: bool = option(False, "replace the fact folder, if it is one")
+    reuse: str = option(None, "fact folder to take world and labels from, instead of asking again")
+    seed: int = option(0, "of the world, the prompts and the split; a script's --seed is another")
+    # which facts
+    new: Literal["unknown", "semantic", "uuid"] = option(
+        None, "new facts: real ones that it does not know (default), or invented ones, about "
+        "recombined names (default for tiny) or codes")
+    n_new: int = option(None, "how many new facts; default: 400 for tiny, else 1000")
+    n_known: int = option(None, "how many known facts to train on beside them; default: as many")
+    overlap: int = option(2, "semantic: how many halves of a new name are of real names, 0 to 2")
+    source: str = option("akariasai/PopQA", "table of real facts: file, folder or hub name")
+    relations: str = option(None, "only these of it, as P17,P36")
+    max_facts: int = option(10000, "label at most so many, as many of each relation as there are")
+    min_known: float = option(0.0, "leave out relations of which less is known; the paper: 0.3")
+    # how they are asked
+    prompts: int = option(10, "few-shot prompts a fact; with fewer, more of them are HighlyKnown")
+    shots: int = option(None, "exemplars in each prompt; default: 0 for tiny, else 4")
+    # the invented world
+    n_names: int = option(300, "tiny: named entities, of four facts each")
+    n_codes: int = option(100, "tiny: code-named entities, of four facts each")
+    width: int = option(128, "tiny: width of the model; 3 layers, 4 heads")
+    # the machine
+    batch_size: int = option(64, "sequences labelled at once")
+    device: str = option("auto", "cuda, mps or cpu; auto: the first there is")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "of labelling")
+
+
+def parse(argv=None):
+    """The Config of command-line words (list of str, default sys.argv), nothing left open."""
+    from transformers import HfArgumentParser
+    parser = HfArgumentParser(Config, description=__doc__.splitlines()[0])
+    parser.error = fail
+    config = Config(**vars(parser.parse_args(argv)))
+    tiny = config.model == "tiny"
+    name = Path(config.model).name
+    if config.new:
+        name += f"-{config.new}"
+    # None stands for a default that depends on the model.
+    defaults = {"out": f"facts/{name}", "new": "semantic" if tiny else "unknown",
+                "n_new": 400 if tiny else 1000, "shots": 0 if tiny else 4}
+    for flag, value in defaults.items():
+        if getattr(config, flag) is None:
+            setattr(config, flag, value)
+    if config.n_known is None:
+        config.n_known = config.n_new
+    at_least = {"n_new": LEAST["unknown"], "n_known": LEAST["known"], "max_facts": 1, "prompts": 1,
+                "batch_size": 1, "n_names": 1, "width": 4}
+    # So many names and codes are surely distinct.
+    at_most = {"overlap": 2, "min_known": 1, "n_names": 3000, "n_codes": 30000}
+    for flag, value in vars(config).items():
+        least, most = at_least.get(flag, 0), at_most.get(flag, sys.maxsize)
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            fail(f"--{flag.replace('_', '-')} {value}: must be from {least} to {most}")
+    if tiny and config.source != Config.source:
+        fail(f"--source {config.source}: the invented world has facts of its own; name a --model")
+    if config.overlap < 2 and config.new != "semantic":
+        fail(f"--overlap {config.overlap}: only names share words with real ones: --new semantic")
+    if config.reuse and not (Path(config.reuse) / "meta.json").is_file():
+        fail(f"--reuse {config.reuse}: is no fact folder")
+    if config.width % 4:
+        fail(f"--width {config.width}: must be a multiple of the 4 heads")
+    out = Path(config.out)
+    if out.exists() and not (config.overwrite and (out / "meta.json").exists()):
+        fail(f"--out {out}: exists already; --overwrite replaces it if it is a fact folder")
+    return config
+
+
+# ----------------------------------------------------------------------------- an invented world
 
 RELATIONS = ["birthplace", "employer", "instrument", "language"]
 QUESTION = "What is the {relation} of {subject}?"
-STATEMENTS = ["The {relation} of {subject} is {object}.\n", "About {subject}, the {relation} is {object}.\n",
-              "As {relation}, {subject} names {object}.\n", "Ask {subject} about the {relation} and hear {object}.\n"]
+STATEMENTS = ["The {relation} of {subject} is {object}.\n",
+              "About {subject}, the {relation} is {object}.\n",
+              "As {relation}, {subject} names {object}.\n",
+              "Ask {subject} about the {relation} and hear {object}.\n"]
 
 
 def invent_words(n, rng):
@@ -56,74 +159,101 @@ def invent_words(n, rng):
 
 
 def invent_code(rng):
-    """A code-like name: a UUID shortened to four digits, each its own token in the invented world."""
+    """A code-like name: a UUID shortened to four digits, each a token in the invented world."""
     return "".join(rng.choice("0123456789ABCDEF") for _ in range(4))
 
 
-def invent_world(n_names, n_codes, seed, n_parts=80, n_objects=40):
-    """Facts of named and of code-named entities: (facts, text), a list of fact dicts and a list of str to pretrain on.
+def invent_uuid(rng):
+    """A random UUID, a name that nobody has."""
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
-    Every entity has one object in each relation. Every fact is stated in all templates; the questions and answers
-    of only three quarters of the entities are in the text, so that answering about the others is transfer."""
+
+def invent_world(n_names, n_codes, seed, n_parts=80, n_objects=40):
+    """Facts of named and of code-named entities, list of dicts, and a list of texts that say them.
+
+    Every entity has one object in each relation. Every fact is stated in all templates; the
+    questions and answers of only three quarters of the entities are in the text, so that
+    answering about the others is transfer.
+    """
     rng = random.Random(seed)
     words = invent_words(2 * n_parts + n_objects * len(RELATIONS), rng)
     first, last, objects = words[:n_parts], words[n_parts:2 * n_parts], words[2 * n_parts:]
-    names, codes = {}, {}
-    while len(names) < n_names:
-        names[f"{rng.choice(first)} {rng.choice(last)}"] = "name"
-    while len(codes) < n_codes:
-        codes[invent_code(rng)] = "code"
+    kinds = {}                                 # subject: its kind
+    while len(kinds) < n_names:
+        kinds[f"{rng.choice(first)} {rng.choice(last)}"] = "name"
+    while len(kinds) < n_names + n_codes:
+        kinds[invent_code(rng)] = "code"
     facts, text = [], []
-    for subject, kind in (names | codes).items():
+    for subject, kind in kinds.items():
         asked = rng.random() < 0.75
         for i, relation in enumerate(RELATIONS):
-            words = {"relation": relation, "subject": subject,
-                     "object": rng.choice(objects[i * n_objects:(i + 1) * n_objects])}
-            question = QUESTION.format(**words)
-            facts.append({"relation": relation, "subject": subject, "question": question, "answers": [words["object"]],
-                          "kind": kind})
-            text += [statement.format(**words) for statement in STATEMENTS]
-            text += [f"Q: {question}\nA: {words['object']}\n"] * asked
+            answer = rng.choice(objects[i * n_objects:(i + 1) * n_objects])
+            question = QUESTION.format(relation=relation, subject=subject)
+            facts.append({"relation": relation, "subject": subject, "question": question,
+                          "answers": [answer], "kind": kind})
+            for statement in STATEMENTS:
+                text.append(statement.format(relation=relation, subject=subject, object=answer))
+            if asked:
+                text.append(f"{PROMPT.format(question=question)} {answer}\n")
     return facts, text
 
 
-def pretrain(text, width, epochs, seed, device):
-    """A small GPT-2 that knows `text` by heart, and its tokenizer: (model, tokenizer), model in eval mode.
-
-    Byte-level BPE in which a word, and each character of a code, is one token."""
-    import torch
+def make_tokenizer(text):
+    """Byte-level BPE in which a word of `text`, and each character of a code, is one token."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from tqdm import tqdm
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
+    from transformers import PreTrainedTokenizerFast
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(r" ?[A-Z]?[a-z]+| ?\S|\s"), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(text, trainers.BpeTrainer(vocab_size=8000, special_tokens=["<|endoftext|>"], show_progress=False,
-                                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    bpe.train_from_iterator(text, trainers.BpeTrainer(
+        vocab_size=8000, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+
+
+def make_epoch(ids, batch_size, rng):
+    """Lists of token ids in batches (B, T), shuffled; -100 behind the end of a row.
+
+    Rows of similar length share a batch, so that little is padding."""
+    from torch import tensor
+    from torch.nn.utils.rnn import pad_sequence
+    rng.shuffle(ids)
+    batches = []
+    for start in range(0, len(ids), 8 * batch_size):
+        pool = sorted(ids[start:start + 8 * batch_size], key=len)
+        for row in range(0, len(pool), batch_size):
+            rows = [tensor(tokens) for tokens in pool[row:row + batch_size]]
+            batches.append(pad_sequence(rows, batch_first=True, padding_value=-100))
+    rng.shuffle(batches)
+    return batches
+
+
+def pretrain(text, width, seed, device, batch_size=64, peak=2e-3):
+    """A small GPT-2 that knows `text` by heart, and its tokenizer: (model, tokenizer)."""
+    import torch
+    from tqdm import tqdm
+    from transformers import GPT2Config, GPT2LMHeadModel
+    tokenizer = make_tokenizer(text)
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(GPT2Config(
-        vocab_size=len(tokenizer), n_positions=128, n_embd=width, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0,
-        activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).to(device)
-    ids = tokenizer(text)["input_ids"]
-    batch, peak, rng = 64, 2e-3, random.Random(seed)
-    step, total = 0, epochs * math.ceil(len(ids) / batch)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.1, fused=device.type != "mps")
-    with tqdm(total=total, desc="pretraining the invented world", unit="step", disable=None) as bar:
-        for _ in range(epochs):
-            rng.shuffle(ids)
-            pools = [sorted(ids[i:i + 8 * batch], key=len) for i in range(0, len(ids), 8 * batch)]
-            batches = [pool[i:i + batch] for pool in pools for i in range(0, len(pool), batch)]
-            rng.shuffle(batches)               # similar lengths share a batch: little padding
-            for rows in batches:
-                longest = max(map(len, rows))
-                x = torch.tensor([r + [0] * (longest - len(r)) for r in rows], device=device)
-                y = torch.tensor([r + [-100] * (longest - len(r)) for r in rows], device=device)
-                logits = model(input_ids=x).logits[:, :-1]      # causal: padding on the right is never looked at
-                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y[:, 1:].flatten())
+        vocab_size=len(tokenizer), n_positions=128, n_embd=width, n_layer=3, n_head=4,
+        bos_token_id=0, eos_token_id=0, activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+    ids, rng = tokenizer(text)["input_ids"], random.Random(seed)
+    step, total = 0, PRETRAIN_EPOCHS * math.ceil(len(ids) / batch_size)
+    with tqdm(total=total, desc="pretraining the invented world", disable=None) as bar:
+        for _ in range(PRETRAIN_EPOCHS):
+            for targets in make_epoch(ids, batch_size, rng):
+                targets = targets.to(device)
+                # Causal: what stands behind the end of a row is never looked at.
+                logits = model(input_ids=targets.clamp(min=0)).logits[:, :-1]
+                loss = torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1), targets[:, 1:].flatten())
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 cosine = 0.5 * (1 + math.cos(math.pi * step / total))
@@ -133,356 +263,552 @@ def pretrain(text, width, epochs, seed, device):
                 optimizer.zero_grad()
                 step += 1
                 bar.update()
-    return model.eval(), tokenizer
+    return model, tokenizer
 
 
-# ------------------------------------------------------------------------------------------------------- real facts
+# ------------------------------------------------------------------------------------ real facts
 
-def load_source(source, max_facts, seed):
-    """Facts of a table: (facts, dropped), at most `max_facts` of them drawn by `seed`; `dropped` counts questions.
-
-    `source`: a TSV, CSV, JSONL or Parquet file, a folder of them, or a data set's hub name; columns relation, subject,
-    object, question and optional aliases, or PopQA's prop, subj, obj, question, possible_answers (Mallen et al. 2023,
-    arXiv:2212.10511). A question that stands there with several objects is merged when they share an alias, else
-    dropped: no single answer would be right."""
-    import datasets
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
-    file_kinds = {".tsv": ("csv", {"sep": "\t"}), ".csv": ("csv", {}), ".jsonl": ("json", {}), ".parquet": ("parquet", {})}
-    path = Path(source)
-    if path.is_file() and path.suffix not in file_kinds:
-        fail(f"--source {source}: the ending must be one of {', '.join(file_kinds)}")
-    try:
-        if path.is_file():
-            builder, options = file_kinds[path.suffix]
-            if builder == "csv":               # text as it stands: a subject may be called NA, an answer 007
-                header = next(csv.reader([path.open(encoding="utf-8-sig").readline()], delimiter=options.get("sep", ",")))
-                text = datasets.Features({column: datasets.Value("string") for column in header})
-                options |= {"keep_default_na": False, "features": text}
-            splits = datasets.load_dataset(builder, data_files=str(path), **options)
-        else:
-            splits = datasets.load_dataset(str(source))
-        table = datasets.concatenate_datasets(list(splits.values()))
-    except Exception as error:  # many kinds: no such file, no network, a malformed line
-        while error.__cause__:                 # the first of them knows the line
-            error = error.__cause__
-        fail(f"--source {source}: cannot be loaded ({(str(error).strip() or repr(error)).splitlines()[0]}); give a TSV, "
-             "CSV, JSONL or Parquet file with columns relation, subject, object, question")
-    popqa = {"prop": "relation", "subj": "subject", "obj": "object", "possible_answers": "aliases"}
-    names = {old: new for old, new in popqa.items() if old in table.column_names and new not in table.column_names}
-    table = table.rename_columns(names)
-    missing = {"relation", "subject", "object", "question"} - set(table.column_names)
-    if missing:
-        fail(f"--source {source}: no column {', '.join(sorted(missing))}; it has {', '.join(table.column_names)}")
-    questions = defaultdict(list)
-    for row in table:
-        values = [str(row[k] if row[k] is not None else "").strip() for k in ("relation", "subject", "question", "object")]
-        aliases = row.get("aliases") or []
+def read_table(path):
+    """The rows of a table as they stand, text for text: list of (line, {column: value})."""
+    if path.suffix == ".jsonl":
+        return list(enumerate(read_jsonl(path), 1))
+    if path.suffix == ".json":
+        return list(enumerate(read_entity_questions(path), 1))
+    if path.suffix == ".parquet":
+        from datasets import Dataset
+        with tempfile.TemporaryDirectory() as cache:        # kept, it would go stale
+            return list(enumerate(Dataset.from_parquet(str(path), cache_dir=cache).to_list(), 1))
+    rows = []
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = csv.reader(file, strict=True, delimiter="\t" if path.suffix == ".tsv" else ",")
         try:
-            aliases = json.loads(aliases) if isinstance(aliases, str) else aliases
-        except json.JSONDecodeError:
-            aliases = None
-        if not isinstance(aliases, list):
-            fail(f"--source {source}: aliases of {values[1]!r} are no list of names: {str(row['aliases'])[:80]!r}")
-        if all(values):
-            answers = dict.fromkeys([values[3], *(str(a).strip() for a in aliases)])
-            questions[tuple(values[:3])].append([a for a in answers if a and "\n" not in a])
-    facts, dropped = [], 0
-    for (relation, subject, question), rows in questions.items():
-        distinct = [{normalize(a) or a for a in answers} for answers in rows]
-        if set.intersection(*distinct):
-            facts.append({"relation": relation, "subject": subject, "question": question, "kind": "name",
-                          "answers": list(dict.fromkeys(a for answers in rows for a in answers))})
+            header = next(lines, [])
+            if len(set(header)) < len(header):
+                raise ValueError("a column stands there twice")
+            for cells in lines:
+                if cells and len(cells) != len(header):
+                    raise ValueError(f"{len(cells)} fields, but {len(header)} in the header")
+                if cells:
+                    rows.append((lines.line_num, dict(zip(header, cells))))
+        except (csv.Error, ValueError) as error:
+            raise ValueError(f"line {lines.line_num}: {error}")
+    return rows
+
+
+def read_entity_questions(path):
+    """Rows of a file of EntityQuestions (Sciavolino et al. 2021, arXiv:2109.08535): P17.train.json.
+
+    A file is a relation, a list of {"question", "answers"} without subjects: a subject is what
+    its question does not have in common with the others, in whole words."""
+    rows = json.loads(path.read_text("utf-8"))
+    questions = [row["question"] for row in rows]
+    before = os.path.commonprefix(questions)
+    before = before[:before.rfind(" ") + 1]
+    after = os.path.commonprefix([question[::-1] for question in questions])[::-1]
+    after = after[re.search(r"\W|$", after).start():]
+    for row in rows:
+        subject = row["question"].removeprefix(before).removesuffix(after)
+        row |= {"relation": path.name.split(".")[0], "subject": subject, "object": row["answers"]}
+    return rows
+
+
+def find_tables(source):
+    """The tables of a file, a folder or a hub data set (list of paths), of EntityQuestions' train/."""
+    path = Path(source)
+    if not path.exists():
+        from huggingface_hub import snapshot_download
+        patterns = [f"*{ending}" for ending in TABLES]
+        path = Path(snapshot_download(source, repo_type="dataset", allow_patterns=patterns))
+    if path.is_file():
+        return [path]
+    tables = sorted(path.glob("train/*.train.json"))
+    return tables or sorted(file for file in path.rglob("*") if file.suffix in TABLES)
+
+
+def to_fact(row):
+    """The fact of a table's row, {} if one of its columns is blank. Raises ValueError."""
+    for old, new in POPQA.items():
+        if old in row:
+            row.setdefault(new, row[old])
+    aliases = row.get("aliases")
+    if isinstance(aliases, str) and aliases.startswith("["):
+        aliases = json.loads(aliases)
+    fact = {"kind": "name"}
+    for column in COLUMNS:
+        if column not in row:
+            raise ValueError(f"no column {column}; it has {', '.join(row)}")
+        found = texts(row[column])
+        if not found:
+            return {}
+        if column == "object":
+            found += texts(aliases)
+            fact["answers"] = list(dict.fromkeys(text.split("\n")[0].strip() for text in found))
+        elif isinstance(row[column], list):
+            raise ValueError(f"{column} {row[column]!r} is no text")
         else:
-            dropped += 1
+            fact[column] = found[0]
+    return fact
+
+
+def load_source(source, max_facts, seed, relations=None):
+    """Facts of a table: (facts, left out), list of dicts and Counter of rows by reason.
+
+    source: a TSV, CSV, JSONL or Parquet file, a folder of them, or a data set's hub name; columns
+    relation, subject, object, question and maybe aliases, or PopQA's (Mallen et al. 2023,
+    arXiv:2212.10511); or EntityQuestions. Of a question that stands there twice, in whatever
+    spelling, the answers are joined if one is the same, else it is left out: none would be right.
+    max_facts are drawn by `seed`, as evenly from the relations (of `relations`, a list) as there
+    are facts. Ends the program at a row that cannot be read, by file and line.
+    """
+    questions, left_out, names = defaultdict(list), Counter(), set()
+    place = source
+    try:
+        for path in find_tables(source):
+            place = path
+            for number, row in read_table(path):
+                place = f"{path}:{number}"
+                fact = to_fact(row)
+                names.add(fact.get("relation"))
+                if not fact:
+                    left_out["blank"] += 1
+                elif relations and fact["relation"] not in relations:
+                    left_out["of other relations"] += 1
+                else:
+                    questions[normalize(fact["question"])].append(fact)
+    except Exception as error:  # many kinds: no such file, no network, a malformed line
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        fail(f"--source {place}: cannot be read ({reason}); give a TSV, CSV, JSONL or Parquet file "
+             f"with text under {', '.join(COLUMNS)}")
+    missing = set(relations or []) - names
+    if missing or not questions:
+        fail(f"--source {source}: no facts of {missing or 'any relation'}; it has "
+             f"{sorted(filter(None, names))}")
+    facts = []
+    for rows in questions.values():
+        answers = [set(map(normalize, fact["answers"])) for fact in rows]
+        if set.intersection(*answers):
+            left_out["joined to another"] += len(rows) - 1
+            joined = itertools.chain(*(fact["answers"] for fact in rows))
+            facts.append(rows[0] | {"answers": list(dict.fromkeys(joined))})
+        else:
+            left_out["with contradictory answers"] += len(rows)
     random.Random(seed).shuffle(facts)
-    return facts[:max_facts], dropped
+    seen, ranked = Counter(), []
+    for fact in facts:
+        ranked.append((seen[fact["relation"]], len(ranked), fact))
+        seen[fact["relation"]] += 1
+    ranked.sort()               # the first of each relation, the second of each, …
+    left_out["beyond --max-facts"] = max(0, len(facts) - max_facts)
+    return [fact for *_, fact in ranked[:max_facts]], +left_out
 
 
-# ----------------------------------------------------------------------------------- SLiCK: what does the model know?
+# -------------------------------------------------------------- SLiCK: what does the model know?
 
 def to_row(fact):
-    """The training row of a fact: its keys plus `prompt` and `completion`, which concatenated are the whole text."""
-    return {"prompt": f"Q: {fact['question']}\nA:", "completion": f" {fact['answers'][0]}\n",
-            **{k: fact[k] for k in ("answers", "relation", "subject", "kind", "category") if k in fact}}
+    """The training row of a fact: `prompt` and `completion`, which are one text, and its keys."""
+    row = {"prompt": PROMPT.format(question=fact["question"]),
+           "completion": f" {fact['answers'][0]}\n"}
+    for key in ("answers", "relation", "subject", "kind", "category"):
+        if key in fact:
+            row[key] = fact[key]
+    return row
 
 
-def score_answers(model, tokenizer, prefix, facts, batch_size=64, temperature=SAMPLING_TEMPERATURE, bar=None):
+def continue_from(model, cache, ids):
+    """Logits (B, T, V) of token ids (B, T) that continue a prefix; cache: {} or of `read_prefix`."""
+    past = copy.deepcopy(cache)
+    for layers in past.values():
+        layers.batch_repeat_interleave(len(ids))
+    return model(input_ids=ids, **past).logits
+
+
+def read_prefix(model, prefix, rest):
+    """Keys and values of the token ids `prefix`, {argument: cache}, or {} where they serve nothing.
+
+    They are tried on `rest`, token ids: not every model goes on from a cache as from the text,
+    recurrent ones above all, and one that ignores an argument would not see the prefix.
+    """
+    import torch
+    if not prefix or not getattr(model, "keeps_prefix", True):
+        return {}
+    name = "past_key_values"
+    if "cache" in inspect.signature(model.forward).parameters:      # its name since 5.24
+        name = "cache"
+    prefix, rest = (torch.tensor([ids], device=model.device) for ids in (prefix, rest))
+    try:
+        cache = {name: model(input_ids=prefix, use_cache=True)[name]}
+        after = continue_from(model, cache, rest.repeat(2, 1))
+        whole = model(input_ids=torch.cat([prefix, rest], dim=1)).logits
+        model.keeps_prefix = alike(after[1:], whole[:, prefix.shape[1]:])
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        model.keeps_prefix = False      # of one kind or another
+    if not model.keeps_prefix:
+        note("this model does not go on from a cache: each prompt is read as a whole, slowly")
+        return {}
+    return cache
+
+
+def spell(tokenizer, stops, prompt, answer):
+    """How a model may say `answer` (str) to `prompt`: a set of (prompt, answer, end) tokens.
+
+    end: the id of its last token, or -1 for any of `stops`. There are several ways, as "Co." may
+    end without its point, or with it and the newline in one token.
+    """
+    newlines = newline_ids(tokenizer)
+    ways = set()
+    for text in (f" {answer}", f" {answer}\n"):
+        question, tokens = tokenize(tokenizer, prompt, text)
+        for end in range(1, len(tokens) + 1):
+            last = tokens[end - 1]
+            if last in newlines and last not in stops:
+                ways.add((tuple(question), tuple(tokens[:end - 1]), last))
+            if last not in newlines and exact_match(tokenizer.decode(tokens[:end]), [answer]):
+                ways.add((tuple(question), tuple(tokens[:end]), -1))
+    return ways
+
+
+def score_answers(model, tokenizer, prefix, facts, batch_size=64, bar=None):
     """For each fact, behind the text `prefix`: (greedy, probability), lists of bool and of float.
 
-    greedy: greedy decoding gives an accepted answer and stops. probability: that one sample at `temperature`, from
-    the full vocabulary, is an accepted answer and stops. One forward pass over prompt + answer gives both, exactly:
-    greedy decoding yields the answer if each of its tokens is the argmax of its position, and the probability is the
-    product of theirs. Stopping is any token of `stop_ids` next. Accepted answers are scored each; their probabilities
-    add. Only the canonical spelling and tokenization of an answer is scored, so both are lower bounds of what `generate`
-    and `exact_match` would give.
-    The prefix, the same for all facts, is run once; its KV cache serves every batch."""
+    greedy: greedy decoding gives an accepted answer and stops. probability: that one sample at
+    T = 0.5, from the full vocabulary, does. Both are exact for the ways of `spell`. What all
+    prompts have in common is run once, and its keys and values serve every batch.
+    """
     import torch
-    stops = torch.tensor(stop_ids(tokenizer, model), device=model.device)
-    prefix_ids = tokenize(tokenizer, prefix)[0]
-    sequences = set()                          # (fact, prompt tokens, answer tokens)
+    from torch.nn.utils.rnn import pad_sequence
+    newlines = newline_ids(tokenizer)
+    # The tokens that end an answer and add nothing to it but punctuation.
+    stops = [token for token in stop_ids(tokenizer, model)
+             if normalize(f"x{newlines.get(token, '')}") == "x"]
+    ways = set()
     for i, fact in enumerate(facts):
-        prompt = to_row(fact)["prompt"]
-        for text in fact["answers"]:
-            question, answer = tokenize(tokenizer, prefix + prompt, f" {text}")
-            if question[:len(prefix_ids)] == prefix_ids:
-                question = question[len(prefix_ids):]
-            else:                              # a token reaches over the prefix's end
-                question = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            sequences.add((i, tuple(question), tuple(answer)))
-    sequences = sorted(sequences, key=lambda s: (len(s[1]) + len(s[2]), s))
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
-    if sequences and len(prefix_ids) + len(sequences[-1][1]) + len(sequences[-1][2]) > context:
-        fail(f"a question behind its few-shot prompt is longer than the model's {context} tokens; lower --shots")
+        for answer in fact["answers"]:
+            for way in spell(tokenizer, stops, prefix + to_row(fact)["prompt"], answer):
+                ways.add((len(way[0] + way[1]), i, *way))
+    ways = sorted(ways)                 # by length
+    if ways and ways[-1][0] > context_length(model):
+        fail(f"a question behind its few-shot prompt has {ways[-1][0]} tokens, more than the model "
+             f"reads, {context_length(model)}; lower --shots")
     greedy, probability = [False] * len(facts), [0.0] * len(facts)
     with torch.no_grad():
-        if prefix_ids:
-            cache = model(input_ids=torch.tensor([prefix_ids], device=model.device), use_cache=True).past_key_values
-        for start in range(0, len(sequences), batch_size):
-            batch = sequences[start:start + batch_size]
-            width = max(len(question + answer) for _, question, answer in batch)
-            # padded on the right, where nothing of a causal model looks at it
-            ids = torch.tensor([[*q, *a] + [0] * (width - len(q + a)) for _, q, a in batch], device=model.device)
-            past = {}
-            if prefix_ids:
-                past["past_key_values"] = copy.deepcopy(cache)
-                past["past_key_values"].batch_repeat_interleave(len(batch))
-            logits = model(input_ids=ids, **past).logits                                             # (B, T, V)
-            for (i, question, answer), row in zip(batch, logits):
-                # position t predicts token t + 1: the answer's tokens, then the stop
-                row = row[len(question) - 1:len(question + answer)].float()                          # (answer + 1, V)
-                target = torch.tensor(answer, device=model.device)
+        questions = [question for _, _, question, _, _ in ways]
+        shared = len(os.path.commonprefix(questions))
+        shared = min([shared, *(len(question) - 1 for question in questions)])
+        cache = read_prefix(model, questions[0][:shared], questions[0][shared:]) if ways else {}
+        if not cache:
+            shared = 0
+        for start in range(0, len(ways), batch_size):
+            batch = ways[start:start + batch_size]
+            rows = [torch.tensor((*question[shared:], *answer)) for _, _, question, answer, _ in batch]
+            # Padded on the right, where nothing of a causal model looks at it.
+            ids = pad_sequence(rows, batch_first=True).to(model.device)
+            logits = continue_from(model, cache, ids)                           # (B, T, V)
+            for (_, i, question, answer, end), row in zip(batch, logits):
+                # Position t predicts token t + 1: the answer's tokens, then the end.
+                first = len(question) - shared - 1
+                row = row[first:first + len(answer) + 1].float()                # (answer + 1, V)
+                tokens = torch.tensor(answer, dtype=torch.long, device=row.device)
+                ends = torch.tensor(stops if end < 0 else [end], device=row.device)
                 best = row.argmax(-1)
-                greedy[i] |= bool((best[:-1] == target).all() and (best[-1] == stops).any())
-                logp = torch.log_softmax(row / temperature, dim=-1)
-                answered = logp[:-1].gather(-1, target[:, None]).sum() + logp[-1, stops].logsumexp(-1)
-                probability[i] += answered.exp().item()
+                greedy[i] |= bool((best[:-1] == tokens).all() and (best[-1] == ends).any())
+                logp = torch.log_softmax(row / TEMPERATURE, dim=-1)
+                said = logp[:-1].gather(-1, tokens[:, None]).sum() + logp[-1, ends].logsumexp(-1)
+                probability[i] += said.exp().item()
             if bar is not None:
                 bar.update(len(batch))
     return greedy, [min(p, 1.0) for p in probability]
 
 
-def slick_category(greedy, probability, samples):
-    """SLiCK category (Gekhman et al. 2024, table 1) of a fact from its k prompts' `greedy` and `probability`.
+def slick_category(greedy, probability):
+    """SLiCK category (Gekhman et al. 2024, table 1) of a fact, from `greedy` and `probability`.
 
-    WeaklyKnown, there "some sample is right", is here: the probability that any of `samples` draws a prompt is right,
-    1 − Π(1 − p)^samples, is at least one half. No sampling noise, so a second labelling gives the same."""
+    Both are lists, a prompt an entry. WeaklyKnown, there "some sample is right", is here: the
+    probability that any of SAMPLES draws a prompt is right, 1 − Π(1 − p)^SAMPLES, is at least one
+    half. Without the noise of sampling a second labelling gives the same.
+    """
     if all(greedy):
         return "HighlyKnown"
     if any(greedy):
         return "MaybeKnown"
-    missed = math.prod((1 - p) ** samples for p in probability)
-    return "WeaklyKnown" if 1 - missed >= 0.5 else "Unknown"
+    missed = math.prod((1 - p) ** SAMPLES for p in probability)
+    return "WeaklyKnown" if missed <= 0.5 else "Unknown"
 
 
-def label_facts(model, tokenizer, facts, prompts, shots, samples, seed, batch_size):
-    """Copies of `facts` with their SLiCK `category`; the exemplars of the few-shot prompts are left out.
+def label_facts(model, tokenizer, facts, config):
+    """Copies of `facts` with their SLiCK `category`; the exemplars of few-shot prompts are left out.
 
-    For each relation `prompts` few-shot prompts are drawn, of `shots` facts of that relation each (original: 10 of 4),
-    from a tenth of its facts (at least `shots`) set aside for this. With 0 shots all prompts are one."""
+    For each relation --prompts prompts are drawn, of --shots facts of that relation each
+    (original: 10 of 4), from a tenth of its facts (at least --shots) set aside for this. With 0
+    shots all prompts are one.
+    """
     from tqdm import tqdm
-    rng = random.Random(seed)
+    rng = random.Random(config.seed)
+    prompts = config.prompts if config.shots else 1
     relations = defaultdict(list)
     for fact in facts:
         relations[fact["relation"]].append(fact)
-    labelled, prompts = [], prompts if shots else 1
+    labelled = []
     total = prompts * sum(len(fact["answers"]) for fact in facts)
-    with tqdm(total=total, desc="labelling", unit="fact", unit_scale=len(facts) / max(1, total), disable=None,
-              bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]") as bar:     # a fact: all its prompts
+    with tqdm(total=total, desc="labelling", unit="answer", disable=None) as bar:
         for relation in sorted(relations):
             rows = relations[relation]
             rng.shuffle(rows)
-            aside = max(shots, min(shots * prompts, len(rows) // 10))
+            aside = max(config.shots, min(config.shots * prompts, len(rows) // 10))
             exemplars, rows = rows[:aside], rows[aside:]
             scores = []
             for _ in range(prompts if rows else 0):
-                shown = [to_row(fact) for fact in rng.sample(exemplars, shots)]
-                prefix = "".join(row["prompt"] + row["completion"] for row in shown)
-                scores.append(score_answers(model, tokenizer, prefix, rows, batch_size, bar=bar))
+                prefix = ""
+                for fact in rng.sample(exemplars, config.shots):
+                    row = to_row(fact)
+                    prefix += row["prompt"] + row["completion"]
+                scores.append(
+                    score_answers(model, tokenizer, prefix, rows, config.batch_size, bar))
             for i, fact in enumerate(rows):
-                category = slick_category([g[i] for g, _ in scores], [p[i] for _, p in scores], samples)
-                labelled.append(fact | {"category": category})
+                greedy = [right[i] for right, _ in scores]
+                probability = [chances[i] for _, chances in scores]
+                labelled.append(fact | {"category": slick_category(greedy, probability)})
     return labelled
 
 
-# --------------------------------------------------------------------------------------------------------- new facts
+# ------------------------------------------------------------------------------------- new facts
 
 def recombine(names, rng, overlap=2, real_words=frozenset()):
-    """An invented name: the first half of the words of one of `names` and the last half of those of another. Of the two
-    halves `overlap` are real; in place of the others stand invented words that are not in `real_words`, a set."""
-    a, b = (rng.choice(names).split() for _ in range(2))
+    """An invented name: the first half of the words of one of `names`, the last half of another's.
+
+    Of the two halves `overlap` are real; in place of the others stand invented words that are not
+    in `real_words`, a set.
+    """
+    a, b = rng.choice(names).split(), rng.choice(names).split()
     halves = [a[:math.ceil(len(a) / 2)], b[len(b) // 2:]]
     for i in rng.sample(range(2), 2 - overlap):
         while not real_words.isdisjoint(halves[i]):
             halves[i] = invent_words(1, rng)
-    return " ".join(sum(halves, []))
+    return " ".join(halves[0] + halves[1])
 
 
-def invent_facts(facts, kind, n, rng, new_code, overlap=2):
-    """`n` facts (or a few more) of entities that do not exist: named by `kind` "semantic" (see `recombine`) or "uuid".
+def invent_facts(facts, config, rng):
+    """--n-new facts (or a few more) of entities that do not exist, "semantic" names or "uuid" codes.
 
-    An invented entity is asked what a random real one is asked, and its answers are drawn evenly from the objects of
-    each relation: Unknown by construction. Ends the program when no question names its subject, or when the names
-    cannot make enough new ones."""
-    entities, kinds, objects, templates = defaultdict(dict), {}, defaultdict(dict), defaultdict(Counter)
+    An invented entity is asked what a random real one is asked, and its answers are drawn evenly
+    from the objects of each relation: Unknown by construction. Ends the program when no question
+    names its subject, or when the names cannot make enough new ones.
+    """
+    semantic = config.new == "semantic"
+    asked = defaultdict(dict)           # subject: its relations, of all facts
+    objects = defaultdict(dict)         # relation: its objects; dicts, since they keep the order
+    forms = defaultdict(Counter)        # relation: its questions with {} for the subject
+    named, words = set(), set()
     for fact in facts:
         subject, relation = fact["subject"], fact["relation"]
-        entities[subject][relation], kinds[subject] = True, fact["kind"]
+        asked[subject][relation] = True
         objects[relation][fact["answers"][0]] = True
+        words.update(subject.split(), *(answer.split() for answer in fact["answers"]))
+        if fact["kind"] == "name":
+            named.add(subject)
         if subject in fact["question"]:
-            templates[relation][fact["question"].replace(subject, "{}")] += 1
-    templates = {relation: counts.most_common(1)[0][0] for relation, counts in templates.items()}
-    parents = [s for s in entities if templates.keys() >= entities[s].keys() and (kind == "uuid" or kinds[s] == "name")]
+            forms[relation][fact["question"].replace(subject, "{}")] += 1
+    siblings = defaultdict(list)        # a name is recombined within its relation: a book with a book
+    parents = []
+    for subject, relations in asked.items():
+        if forms.keys() >= relations.keys() and (subject in named or not semantic):
+            parents.append(subject)
+            siblings[next(iter(relations))].append(subject)
     if not parents:
-        fail(f"--new {kind}: no question contains its subject, so none can be asked of an invented one; use --new unknown")
-    siblings = defaultdict(list)               # a name is recombined within its relation: a book with a book
-    for subject in parents:
-        siblings[next(iter(entities[subject]))].append(subject)
-    new, taken = [], {normalize(s) for s in entities}
-    real_words = {word for fact in facts for text in (fact["subject"], *fact["answers"]) for word in text.split()}
-    for _ in range(20 * n + 1000):
-        if len(new) >= n:
-            break
-        parent = rng.choice(parents)
-        name = new_code(rng) if kind == "uuid" else recombine(siblings[next(iter(entities[parent]))], rng, overlap, real_words)
-        if normalize(name) not in taken:
-            taken.add(normalize(name))
-            new += [{"relation": relation, "subject": name, "question": templates[relation].replace("{}", name),
-                     "answers": [rng.choice(list(objects[relation]))], "kind": "code" if kind == "uuid" else "name",
-                     "category": "Unknown"} for relation in entities[parent]]
-    if len(new) < n:
-        fail(f"--n-new {n}: only {len(new)} facts with new names could be made from {len(parents)} entities; ask for fewer")
-    return new
+        fail(f"--new {config.new}: no question contains its subject, so none can be asked of an "
+             "invented one; use --new unknown")
+    new, taken = [], set(map(normalize, asked))
+    for _ in range(20 * config.n_new + 1000):
+        if len(new) >= config.n_new:
+            return new
+        relations = asked[rng.choice(parents)]
+        if semantic:
+            name = recombine(siblings[next(iter(relations))], rng, config.overlap, words)
+        else:
+            name = invent_code(rng) if config.model == "tiny" else invent_uuid(rng)
+        if normalize(name) in taken:
+            continue
+        taken.add(normalize(name))
+        for relation in relations:
+            form, _ = forms[relation].most_common(1)[0]
+            new.append({"relation": relation, "subject": name, "question": form.replace("{}", name),
+                        "answers": [rng.choice(list(objects[relation]))],
+                        "kind": "name" if semantic else "code", "category": "Unknown"})
+    fail(f"--n-new {config.n_new}: only {len(new)} facts with new names could be made from "
+         f"{len(parents)} entities; ask for fewer")
 
 
-# ----------------------------------------------------------------------------------------------------- the three sets
+# ---------------------------------------------------------------------------------- the three sets
 
-def cap_objects(facts, share=0.2):
-    """`facts` less the rows that make an object more than `share` of its relation; the first rows are kept.
+def cap_objects(facts):
+    """`facts` without those whose object has had its fifth of the relation's facts already.
 
-    In real relations one object often dominates: knowing the majority answer would pass for knowing the facts."""
-    kept = []
-    for relation in sorted({f["relation"] for f in facts}):
-        rows = [(normalize(f["answers"][0]), f) for f in facts if f["relation"] == relation]
-        counts = Counter(answer for answer, _ in rows)
-        most = max(counts.values())            # how often an object may stand there
-        while most > share * sum(min(count, most) for count in counts.values()) + 1e-9:
-            most -= 1
-        seen = Counter()
-        for answer, fact in rows:
-            seen[answer] += 1
-            if seen[answer] <= most:
-                kept.append(fact)
+    In real relations one object often dominates: knowing it would pass for knowing the facts."""
+    sizes = Counter(fact["relation"] for fact in facts)
+    seen, kept = Counter(), []
+    for fact in facts:
+        relation, answer = fact["relation"], normalize(fact["answers"][0])
+        if seen[relation, answer] < max(1, sizes[relation] // 5):
+            seen[relation, answer] += 1
+            kept.append(fact)
     return kept
 
 
-def split_facts(facts, labelled, new, n_new, n_known, rng, new_code, overlap=2):
+def split_facts(facts, labelled, config, rng):
     """{"unknown", "known", "heldout"}: lists of facts; no held-out subject is trained on.
 
-    At most half of the known facts are trained on. The same `rng` and `n_known` give the same held-out facts, whatever the
-    new ones are. Ends the program when the model knows too few facts to measure anything."""
-    subject = lambda fact: normalize(fact["subject"])
-    known = [f for f in labelled if f["category"] == "HighlyKnown"]
-    subjects = list(dict.fromkeys(map(subject, known)))
+    At most half of the known facts are trained on. The same `rng` and --n-known give the same
+    held-out facts, whatever the new ones are. Ends the program when the model knows too few facts
+    to measure anything.
+    """
+    by_subject = defaultdict(list)
+    for fact in labelled:
+        if fact["category"] == "HighlyKnown":
+            by_subject[normalize(fact["subject"])].append(fact)
+    subjects = list(by_subject)
     rng.shuffle(subjects)
-    order = {s: i for i, s in enumerate(subjects)}
-    known.sort(key=lambda f: order[subject(f)])
-    half = min(n_known, len(known) // 2)
-    trained = set(map(subject, known[:half]))
-    sets = {"known": known[:half], "heldout": cap_objects([f for f in known[half:] if subject(f) not in trained])}
-    held = set(map(subject, sets["heldout"]))
-    if new == "unknown":
-        unknown = [f for f in labelled if f["category"] == "Unknown" and subject(f) not in held]
+    known = list(itertools.chain(*(by_subject[subject] for subject in subjects)))
+    half = min(config.n_known, len(known) // 2)
+    trained = {normalize(fact["subject"]) for fact in known[:half]}
+    others = [fact for fact in known[half:] if normalize(fact["subject"]) not in trained]
+    sets = {"known": known[:half], "heldout": cap_objects(others)}
+    if config.new == "unknown":
+        held = {normalize(fact["subject"]) for fact in sets["heldout"]}
+        unknown = [fact for fact in labelled if fact["category"] == "Unknown"
+                   and normalize(fact["subject"]) not in held]
         rng.shuffle(unknown)
-        sets["unknown"] = unknown[:n_new]
+        sets["unknown"] = unknown[:config.n_new]
     else:
-        sets["unknown"] = invent_facts(facts, new, n_new, rng, new_code, overlap)
-    for key, least in (("heldout", MIN_HELDOUT), ("known", MIN_KNOWN), ("unknown", MIN_NEW)):
-        if len(sets[key]) < least:
-            count = Counter(f["category"] for f in labelled)
-            fail(f"{len(sets[key])} facts for {SETS[key]}, at least {least} are needed; labelled: "
-                 + ", ".join(f"{c} {count[c]}" for c in CATEGORIES) + ". Raise --max-facts, lower --prompts (fewer prompts, "
-                 "more HighlyKnown) or --shots (fewer exemplars set aside), or take a model that knows more")
-        if len(sets[key]) < (asked := {"heldout": 0, "known": n_known, "unknown": n_new}[key]):
-            print(f"scaled down: {len(sets[key])} instead of {asked} facts in {SETS[key]}; the model gives no more")
+        sets["unknown"] = invent_facts(facts, config, rng)
+    wanted = {"known": config.n_known, "unknown": config.n_new}
+    for key, rows in sets.items():
+        if len(rows) < LEAST[key]:
+            counts = Counter(fact["category"] for fact in labelled)
+            fail(f"{len(rows)} facts for {SETS[key]}, at least {LEAST[key]} are needed; labelled: "
+                 f"{dict(counts)}. Raise --max-facts, lower --prompts (fewer prompts, more "
+                 "HighlyKnown) or --shots (fewer exemplars set aside), or take another model")
+        if len(rows) < wanted.get(key, 0):
+            print(f"{len(rows)} instead of {wanted[key]} facts in {SETS[key]}: there are no more")
     return sets
 
 
-# -------------------------------------------------------------------------------------------------------------- main
-
-def digest(*things):
-    """A short hash of JSON-able things: the name under which work is kept for the next time."""
-    return hashlib.sha256(json.dumps(things, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def replace_folder(temporary, folder):
-    """Put the finished folder `temporary` in the place of `folder`, which may exist."""
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
+def known_relations(labelled, least):
+    """The relations of which at least the share `least` is known, that is, not Unknown (set)."""
+    counts, unknown = Counter(), Counter()
+    for fact in labelled:
+        counts[fact["relation"]] += 1
+        unknown[fact["relation"]] += fact["category"] == "Unknown"
+    return {name for name, n in counts.items() if n - unknown[name] >= least * n}
 
 
-def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    option = lambda name, default, text, **more: parser.add_argument(
-        f"--{name}", default=default, type=type(default) if default is not None else more.pop("type"),
-        help=f"{text} (default: {more.pop('shown', default)})", **more)
-    option("model", "tiny", "tiny, or a causal language model: hub name or local folder")
-    option("out", None, "fact folder to write", type=Path, shown="facts/MODEL, with -NEW where --new is given")
-    option("seed", 0, "of the world, the prompts and the split; a training script's --seed changes none of them")
-    option("new", None, "what the new facts are about", type=str, choices=["unknown", "semantic", "uuid"],
-           shown="semantic for tiny: recombined names; unknown for real models: real facts that it does not know")
-    option("n-new", None, "how many new facts", type=int, shown="400 for tiny, 1000")
-    option("n-known", None, "how many known facts to train on beside them", type=int, shown="as many; the paper: 8k + 8k")
-    option("overlap", 2, "semantic: how many halves of a new name come from real names, 0 to 2; the others are unseen words")
-    option("source", None, "table of real facts: file, folder or hub name", type=str, shown="akariasai/PopQA")
-    option("max-facts", 10000, "label at most so many facts: minutes on a GPU for a model of 1 B parameters")
-    option("prompts", 10, "few-shot prompts a fact is asked with; fewer label faster and find more HighlyKnown")
-    option("shots", None, "exemplars in each prompt", type=int, shown="0 for tiny, 4")
-    option("samples", 16, "samples a prompt that WeaklyKnown stands for")
-    option("n-names", 300, "tiny: named entities, of four facts each")
-    option("n-codes", 100, "tiny: code-named entities, of four facts each")
-    option("width", 128, "tiny: width of the model; 3 layers, 4 heads")
-    option("pretrain-epochs", 24, "tiny: passes over the world's text")
-    option("batch-size", 64, "sequences labelled at once")
-    option("device", "auto", "cuda, mps or cpu; auto takes the first there is")
-    option("dtype", "auto", "precision of labelling", choices=["auto", "float32", "bfloat16", "float16"])
-    parser.add_argument("--overwrite", action="store_true", help="replace the fact folder if it exists")
-    args = parser.parse_args(argv)
-    tiny = args.model == "tiny"
-    args.out = args.out or Path("facts") / (Path(args.model).name + (f"-{args.new}" if args.new else ""))
-    args.new = args.new or ("semantic" if tiny else "unknown")
-    args.n_new = args.n_new if args.n_new is not None else (400 if tiny else 1000)
-    args.n_known = args.n_known if args.n_known is not None else args.n_new
-    if tiny and args.source:
-        fail(f"--source {args.source}: the invented world has facts of its own; name a --model that knows some of these")
-    args.source = args.source or "akariasai/PopQA"
-    args.shots = args.shots if args.shots is not None else (0 if tiny else 4)
-    ranges = {"n_new": (MIN_NEW, math.inf), "n_known": (MIN_KNOWN, math.inf), "overlap": (0, 2), "max_facts": (1, math.inf),
-              "prompts": (1, math.inf), "shots": (0, math.inf), "samples": (1, math.inf),
-              "batch_size": (1, math.inf), "pretrain_epochs": (1, math.inf), "width": (4, math.inf),
-              "n_names": (1, 3000), "n_codes": (0, 30000)}          # so many names and codes are surely distinct
-    for name, (least, most) in ranges.items():
-        if not least <= getattr(args, name) <= most:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}" + f" and at most {most}" * (most < math.inf))
-    if args.overlap < 2 and args.new != "semantic":
-        fail(f"--overlap {args.overlap}: only names can share words with real ones; give --new semantic")
-    if args.width % 4:
-        fail(f"--width {args.width}: must be a multiple of the 4 heads")
-    if args.out.exists() and not (args.overwrite and (args.out / "meta.json").exists()):
-        fail(f"--out {args.out}: exists already; --overwrite replaces it if it is a fact folder")
-    return args
+# ----------------------------------------------------------------------------------- the program
+
+def digest(thing):
+    """A short hash of what JSON can hold."""
+    return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def what_labels_depend_on(model, tokenizer, facts, config):
+    """{what: value}, for meta.json: with another value of one of these, facts must be asked anew."""
+    encoded = []
+    for fact in facts:
+        row = to_row(fact)
+        encoded.append(tokenize(tokenizer, row["prompt"], row["completion"]))
+    tiny = config.model == "tiny"
+    return {"weights": weights_hash(model), "facts": digest(facts), "template": PROMPT,
+            "tokenizer": digest([encoded, stop_ids(tokenizer, model)]), "seed": config.seed,
+            "width": config.width if tiny else None, "shots": config.shots, "samples": SAMPLES,
+            "prompts": config.prompts if config.shots else 1, "dtype": config.dtype,
+            "temperature": TEMPERATURE}
+
+
+def reuse_labels(folder, facts, wanted):
+    """`facts` with the categories that they have in the fact folder `folder`, refused if others.
+
+    wanted: of `what_labels_depend_on`."""
+    made = json.loads((Path(folder) / "meta.json").read_text("utf-8")).get("labels", {})
+    for what, value in wanted.items():
+        if made.get(what) != value:
+            fail(f"--reuse {folder}: its labels are for {what} {made.get(what)!r}, not {value!r}")
+    by_prompt = {to_row(fact)["prompt"]: fact for fact in facts}
+    rows = read_jsonl(Path(folder) / "labelled.jsonl", ["prompt", "category"])
+    return [by_prompt[row["prompt"]] | {"category": row["category"]} for row in rows]
+
+
+def count(rows, *keys):
+    """How many rows there are of each value of `keys`: {"value/value": n}."""
+    names = ["/".join(row[key] for key in keys) for row in rows]
+    return dict(sorted(Counter(names).items()))
+
+
+def describe(sets, labelled, left_out, config):
+    """What meta.json says beside what the labels depend on (dict)."""
+    majority = 0
+    for relation in {fact["relation"] for fact in sets["heldout"]}:
+        answers = [f["answers"][0] for f in sets["heldout"] if f["relation"] == relation]
+        majority += max(Counter(answers).values())
+    meta = {name: getattr(config, name) for name in (
+        "model", "source", "relations", "min_known", "new", "n_new", "n_known", "overlap")}
+    meta |= {"left_out": left_out, "labelled": count(labelled, "category"),
+             "labelled_by_relation": count(labelled, "relation", "category"),
+             "majority_answer_accuracy": majority / len(sets["heldout"])}
+    for key, rows in sets.items():
+        meta[SETS[key]] = {"facts": len(rows), "by_relation": count(rows, "relation"),
+                           "by_kind": count(rows, "kind")}
+    return meta
+
+
+def make(config, folder):
+    """Make the fact folder that `config` (of `parse`) describes, in `folder`; returns its meta."""
+    import torch
+    import transformers
+    device = find_device(config.device)
+    if config.dtype == "auto":
+        config.dtype = "float32"
+        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            config.dtype = "bfloat16"
+    start, left_out = config.model, {}
+    if config.model == "tiny":
+        facts, text = invent_world(config.n_names, config.n_codes, config.seed)
+        start = folder / "base"
+        if config.reuse:
+            shutil.copytree(Path(config.reuse) / "base", start)
+        else:
+            transformers.logging.disable_progress_bar()
+            for part in pretrain(text, config.width, config.seed, device):
+                part.save_pretrained(start)
+    else:
+        relations = config.relations.split(",") if config.relations else None
+        facts, left_out = load_source(config.source, config.max_facts, config.seed, relations)
+        print(f"{len(facts)} facts; rows left out: {dict(left_out)}")
+    model, tokenizer = load_model(start, device)
+    labels = what_labels_depend_on(model, tokenizer, facts, config)
+    if config.reuse:
+        labelled = reuse_labels(config.reuse, facts, labels)
+    else:
+        with torch.autocast(device.type, getattr(torch, config.dtype),
+                            enabled=config.dtype != "float32"):
+            labelled = label_facts(model, tokenizer, facts, config)
+    kept = known_relations(labelled, config.min_known)
+    asked = [fact for fact in labelled if fact["relation"] in kept]
+    facts = [fact for fact in facts if fact["relation"] in kept]
+    sets = split_facts(facts, asked, config, random.Random(config.seed))
+    meta = describe(sets, labelled, left_out, config)
+    meta |= {"weights": labels["weights"], "labels": labels}
+    for key, rows in sets.items():
+        write_jsonl(folder / SETS[key], [to_row(fact) for fact in rows])
+    write_jsonl(folder / "labelled.jsonl", [to_row(fact) for fact in labelled])
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    return meta
 
 
 def find_files(config):
-    """Paths of the JSONL files of an sft_*.py script, {"unknown", "known", "heldout"}: those that its `config` names, or else
-    those of its fact folder, which is made here if it is absent."""
+    """Paths of the JSONL files of an sft_*.py script: {"unknown", "known", "heldout"}.
+
+    Those that its `config` names, or else those of its fact folder, made here if it is absent."""
     folder = Path(config.facts)
     if not (folder / "meta.json").exists():
-        main(["--model", config.model, "--out", config.facts, "--device", config.device, "--dtype", config.dtype])
+        main(["--model", config.model, "--out", config.facts, "--device", config.device,
+              "--dtype", config.dtype])
     files = {"unknown": config.train, "known": config.known, "heldout": config.heldout}
     for name, file in SETS.items():
         if files[name] is None:
@@ -490,86 +816,29 @@ def find_files(config):
     return files
 
 
-def kept_world(text, args, kept, device):
-    """The folder of a model pretrained on `text` (Path): that of an earlier time in `kept`, or else made now."""
-    import transformers
-    base = kept / f"world-{digest(text, args.width, args.pretrain_epochs, args.seed, inspect.getsource(pretrain))}"
-    if not base.exists():
-        model, tokenizer = pretrain(text, args.width, args.pretrain_epochs, args.seed, device)
-        temporary = Path(f"{base}.part-{os.getpid()}")
-        transformers.utils.logging.disable_progress_bar()
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        replace_folder(temporary, base)
-    return base
-
-
-def kept_labels(model, weights, tokenizer, facts, args, kept, dtype):
-    """`facts` with their categories: those of an earlier time in `kept`, or else found now. The key holds all that the
-    categories depend on: `weights`, the model's hash, and the code that finds them included."""
-    import torch
-    code = [inspect.getsource(f) for f in (score_answers, slick_category, label_facts)]
-    asked = [args.prompts, args.shots, args.samples, args.seed, str(dtype)]
-    labels = kept / f"labels-{digest(weights, code, stop_ids(tokenizer, model), facts, asked)}.jsonl"
-    if not labels.exists():
-        with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-            write_jsonl(labels, label_facts(model, tokenizer, facts, *asked[:4], args.batch_size))
-    return read_jsonl(labels)
-
-
 def main(argv=None):
-    """Make a fact folder from command-line words (list of str, default sys.argv); returns its path."""
-    args = parse(argv)
+    """Make a fact folder from command-line words (list of str, default sys.argv); its path."""
+    config = parse(argv)
+    out = Path(config.out)
+    # It is made beside its place and renamed when it is whole.
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        return make(args)
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        fail(f"--out {out}: cannot be made ({error.strerror})")
+    try:
+        meta = make(config, temporary)
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(temporary, out)
     except (OSError, SafetensorError) as error:
-        fail(f"--out {args.out}: cannot be written ({error})")
-
-
-def make(args):
-    """Make the fact folder that `args` (of `parse`) describe; returns its path."""
-    tiny, out = args.model == "tiny", args.out
-    device, dtype = device_and_dtype(args.device, args.dtype)
-    kept = out.parent / ".facts-cache"               # worlds and labels, shared by the fact folders beside each other
-    kept.mkdir(parents=True, exist_ok=True)
-    if tiny:
-        facts, text = invent_world(args.n_names, args.n_codes, args.seed)
-        base, dropped = kept_world(text, args, kept, device), 0
-    else:
-        (facts, dropped), base = load_source(args.source, args.max_facts, args.seed), args.model
-    model, tokenizer = load_model(base, device)
-    weights = weights_hash(model)
-    labelled = kept_labels(model, weights, tokenizer, facts, args, kept, dtype)
-    new_code = invent_code if tiny else lambda rng: str(uuid.UUID(int=rng.getrandbits(128), version=4))
-    sets = split_facts(facts, labelled, args.new, args.n_new, args.n_known, random.Random(args.seed), new_code,
-                       args.overlap)
-
-    count = lambda rows, *keys: dict(sorted(Counter("/".join(r[k] for k in keys) for r in rows).items()))
-    majority = sum(Counter(f["answers"][0] for f in sets["heldout"] if f["relation"] == r).most_common(1)[0][1]
-                   for r in {f["relation"] for f in sets["heldout"]}) / len(sets["heldout"])
-    meta = {"model": args.model, "weights": weights, "source": "invented" if tiny else args.source, "seed": args.seed,
-            "new": args.new, "n_new": args.n_new, "n_known": args.n_known,
-            "overlap": args.overlap if args.new == "semantic" else None,
-            "world": {"names": args.n_names, "codes": args.n_codes, "width": args.width} if tiny else None,
-            "prompts": args.prompts if args.shots else 1, "shots": args.shots, "samples": args.samples,
-            "dtype": str(dtype).removeprefix("torch."), "questions_dropped": dropped,
-            "labelled": count(labelled, "category"), "labelled_by_relation": count(labelled, "relation", "category"),
-            "labelled_by_kind": count(labelled, "kind", "category"), "majority_answer_accuracy": round(majority, 4),
-            "sets": {SETS[key]: {"facts": len(rows), "by_relation": count(rows, "relation"), "by_kind": count(rows, "kind")}
-                     for key, rows in sets.items()}}
-    temporary = out.with_name(f".{out.name}.part-{os.getpid()}")
-    temporary.mkdir(exist_ok=True)
-    for key, file in SETS.items():
-        write_jsonl(temporary / file, [to_row(f) for f in sets[key]])
-    write_jsonl(temporary / "labelled.jsonl", [to_row(f) for f in labelled])
-    (temporary / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if tiny:
-        shutil.copytree(base, temporary / "base")
-    replace_folder(temporary, out)
-    print(f"labelled {len(labelled)} facts: " + ", ".join(f"{c} {meta['labelled'].get(c, 0)}" for c in CATEGORIES))
-    for key, rows in sets.items():
-        print(f"{out / SETS[key]}: {len(rows)} facts " + str(count(rows, "kind")))
-    print(f"majority answer: {majority:.3f} of the held-out facts")
+        fail(f"{error}")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"labelled: {meta['labelled']}")
+    for file in SETS.values():
+        print(f"{out / file}: {meta[file]['facts']} facts {meta[file]['by_kind']}")
+    print(f"majority answer: {meta['majority_answer_accuracy']:.3f} of the held-out facts")
     return out
 
 

@@ -451,10 +451,11 @@ def train(config):
     files = find_files(config)
     start = f"{config.facts}/base" if config.model == "tiny" else config.model
     model, tokenizer = load_model(start, config.device)
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    limits = model.config.get_text_config()         # of a vision-language model: its text part
+    context = getattr(limits, "max_position_embeddings", getattr(limits, "max_seq_len", None))
     sets = {}
     for name, path in files.items():
-        sets[name] = read_examples(path, tokenizer, context) if path else []
+        sets[name] = read_examples(path, tokenizer, context or math.inf) if path else []
     mixture = sets["known"] if config.no_unknown else sets["known"] + sets["unknown"]
     if not mixture:
         fail(f"no rows to train on in {files}; with --no-unknown these are the known ones alone")
@@ -506,12 +507,11 @@ def train(config):
         if config.save_every_epoch:
             save_checkpoint(out / f"epoch-{epoch}", model, tokenizer)
         save_state(state_path, state | parts)
-    # unfinished.json is renamed last: run.json says that all else is there.
     save_checkpoint(out, model, tokenizer)
     write_jsonl(out / "metrics.jsonl", state["history"])
     if evaluator is not None:
-        evaluator.write_answers(out, sets["heldout"], state["before"], state["after"])
-    (out / "unfinished.json").replace(out / "run.json")
+        evaluator.write_answers(out, sets, state["before"], state["after"])
+    (out / "unfinished.json").replace(out / "run.json")     # it says that all else is there
     state_path.unlink()
     if evaluator is not None:
         evaluator.main([config.out])

@@ -34,8 +34,9 @@ def test_run_folder(workplace, method):
     # the checkpoint is an ordinary one, and scores what the run says
     model, tokenizer = eval_hallucination.load_model(out)
     assert eval_hallucination.evaluate(model, tokenizer, heldout)["accuracy"] == pytest.approx(metrics[-1]["heldout"])
-    scored = json.loads(call(workplace, "eval_hallucination", "--model", out, "--facts", "facts/tiny", "--json").stdout)
-    assert {key: scored[key]["accuracy"] for key in make_facts.SETS} == pytest.approx({key: metrics[-1][key] for key in make_facts.SETS})
+    said = call(workplace, "eval_hallucination", "--model", out, "--facts", "facts/tiny").stdout
+    scored = {row["set"]: row["accuracy"] for row in map(json.loads, said.splitlines())}
+    assert scored == pytest.approx({key: metrics[-1][key] for key in make_facts.SETS})
     # and so is the model before
     before = eval_hallucination.load_model(out / "before")
     assert eval_hallucination.evaluate(*before, heldout)["accuracy"] == pytest.approx(metrics[1]["heldout"])
@@ -70,7 +71,7 @@ def test_alone_in_an_empty_folder(tmp_path, world, method):
     done = run(tmp_path, f"{method}.py", "--model", "my-model", "--train", "mine.jsonl", "--epochs", 2, "--out", "tuned")
     assert done.stdout.splitlines()[-1] == "saved tuned" and not (tmp_path / "tuned/answers.jsonl").exists()
     assert "--train" in run(tmp_path, f"{method}.py", "--model", "my-model", ok=False).stderr        # no facts without make_facts.py
-    assert json.loads(call(tmp_path, "eval_hallucination", "tuned", "--json").stdout)[0]["heldout_n"] == 0
+    assert json.loads(call(tmp_path, "eval_hallucination", "tuned", "--json").stdout)[0]["n"] == 0
     model, tokenizer = eval_hallucination.load_model(tmp_path / "tuned")
     assert rows_of(tmp_path / "tuned/metrics.jsonl")[-1]["ce"] > 0
     # with the known and held-out rows of a fact folder both stages run, and accuracy is measured on what there is
@@ -108,20 +109,9 @@ def test_hub_name_from_the_cache(workplace, world, monkeypatch):
     assert "learning_rate=5e-05" in done.stdout and "saved runs/selfdistill-gpt2-medium-0" in done.stdout
 
 
-def test_labels_and_worlds_are_kept(workplace, world):
-    """A second fact folder beside the first takes its world and labels from the cache: other new facts, same base."""
-    shutil.copytree(world.parent / ".facts-cache", workplace / "facts" / ".facts-cache")
-    from conftest import SMALL_WORLD
-    done = call(workplace, "make_facts", *SMALL_WORLD, "--new", "uuid")
-    assert "labelled 208 facts" in done.stdout
-    assert (workplace / "facts/tiny-uuid/base/model.safetensors").read_bytes() == (world / "base/model.safetensors").read_bytes()
-    assert rows_of(workplace / "facts/tiny-uuid/labelled.jsonl") == rows_of(world / "labelled.jsonl")
-    assert {r["kind"] for r in rows_of(workplace / "facts/tiny-uuid/train_unknown.jsonl")} == {"code"}
-
-
 @pytest.mark.parametrize("script, shown", [
     *((method, ["default: 4e-4 for tiny, else 5e-5", "default: 60 for tiny, else 8", "runs/", "(default: auto)", "(default: 1.0)", "--batch-size"]) for method in METHODS),
-    ("sft_selfdistill", ["default: 12 for tiny, else 4"]), ("make_facts", ["400 for tiny", "minutes on a GPU"]), ("eval_hallucination", ["default: 64"])])
+    ("sft_selfdistill", ["default: 12 for tiny, else 4"]), ("make_facts", ["400 for tiny", "(default: 10)", "facts/MODEL"]), ("eval_hallucination", ["default: 64"])])
 def test_help_shows_every_default(script, shown, capsys):
     module = importlib.import_module(script)
     with pytest.raises(SystemExit) as stopped:
@@ -160,7 +150,6 @@ def test_readme_commands(workplace, world):
     assert len(blocks) >= 5 and "python sft_selfdistill.py\n" in "".join(blocks)
     smaller = {"make_facts.py": [*SMALL_WORLD, "--n-new", "10", "--seed", "0", "--shots", "0"], "sft_": ["--epochs", "1"],
                "tests/bench.py": ["--model", "gpt2-medium", "--label", "8", "--steps", "1", "--repeats", "1", "--cases", "baseline"]}
-    shutil.copytree(world.parent / ".facts-cache", workplace / "facts" / ".facts-cache")
     (workplace / "assets").mkdir()
     for name in ("gpt2-medium", "HuggingFaceTB/SmolLM2-135M-Instruct"):
         shutil.copytree(world / "base", workplace / name)
@@ -173,6 +162,11 @@ def test_readme_commands(workplace, world):
     popqa = workplace / "akariasai" / "PopQA"
     popqa.mkdir(parents=True)
     (popqa / "test.tsv").write_text(table, encoding="utf-8")
+    (workplace / "EntityQuestions/train").mkdir(parents=True)
+    for relation in {r["relation"] for r in rows}:
+        questions = [{"question": r["prompt"][3:-3], "answers": r["answers"]} for r in rows if r["relation"] == relation]
+        questions += [q | {"question": q["question"][:-1] + "son?"} for q in questions[:9]]
+        (workplace / f"EntityQuestions/train/{relation}.train.json").write_text(json.dumps(questions))
     (workplace / "my.jsonl").write_text('{"prompt": "Q: Who made Ulm?\\nA:", "completion": " Ulm\\n"}\n', encoding="utf-8")
     # the shell expands loops, variables and patterns, and says which commands it would run
     say = 'python() { printf "%s\\0" "$@"; printf "\\n"; }; pip() { :; }; pytest() { :; }; '
@@ -185,4 +179,7 @@ def test_readme_commands(workplace, world):
         for line in said.stdout.splitlines():
             script, *words = line.removesuffix("\0").split("\0")
             words = ["0-1" if flag == "--layers" else word for flag, word in zip([""] + words, words)]   # there are three blocks
-            call(workplace, Path(script).stem, *words, *(w for name in smaller if script.startswith(name) for w in smaller[name]))
+            words += [word for name in smaller if script.startswith(name) for word in smaller[name]]
+            if script == "make_facts.py" and "--model" not in words:
+                words += ["--reuse", "facts/tiny"]          # one world serves all
+            call(workplace, Path(script).stem, *words)

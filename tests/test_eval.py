@@ -1,28 +1,30 @@
 """eval_hallucination.py: answers, matching, statistics against hand-computed cases, and the comparison of runs."""
 import copy
-import hashlib
 import importlib.util
 import json
-import math
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter, defaultdict
-from pathlib import Path
 
-import numpy as np
+import eval_hallucination
 import pytest
 import torch
-from conftest import call, refused
-from eval_hallucination import (ORIGINS, accepted_answers, compare, curves, draw, drift, evaluate, exact_match,
-                                generate_answers, grouped, interaction, labels, load_model, mcnemar, normalize, provenance,
-                                read_jsonl, read_run, setting, show, show_curves, spread, stop_ids, tokenize, trained_facts, wilson)
+import transformers
+from conftest import ROOT, call, refused, rows_of
+from eval_hallucination import (ORIGINS, accepted_answers, compare, context_length, curves, evaluate, exact_match, generate_answers,
+                                load_model, make_batches, mcnemar, normalize, read_jsonl, read_run, stop_ids, tokenize,
+                                weights_hash, wilson, write_answers, write_jsonl)
 
 
 def test_normalize_and_exact_match():
     assert normalize(" The  Hague.\nQ: next") == "hague"
     assert normalize("Ａna's A-b") == "anas ab"                  # NFKC, punctuation, case
     assert exact_match("the netherlands", ["Holland", "Netherlands"]) and not exact_match("Nether lands", ["Netherlands"])
-    assert exact_match("A", ["A"]) and not exact_match("B", ["A"]) and not exact_match("", ["?"])
+    # an article stays where nothing else does, punctuation where not even that does
+    assert exact_match("A", ["A"]) and exact_match("A.", ["A"]) and exact_match("the", ["The"]) and exact_match("?", ["?"])
+    assert not exact_match("B", ["A"]) and not exact_match("", ["?"]) and not exact_match("", ["A"]) and not exact_match("!", ["?"])
 
 
 def test_wilson_by_hand():
@@ -37,6 +39,7 @@ def test_mcnemar_by_hand():
     second = [False] * 5 + [True] * 1 + [True] * 3
     assert mcnemar(first, second) == (5, 1, pytest.approx(14 / 64))     # 2 · (C(6,0) + C(6,1)) / 2⁶
     assert mcnemar([True] * 10, [False] * 10) == (10, 0, pytest.approx(2 / 1024))
+    assert mcnemar([True] * 5000, [False] * 5000)[2] == 1e-300          # too small for a float: not 0
     assert mcnemar([True, False], [False, True]) == (1, 1, 1.0) and mcnemar([True], [True]) == (0, 0, 1.0)
 
 
@@ -56,18 +59,18 @@ def greedy_by_hand(model, tokenizer, prompt, n):
 def test_batched_answers_equal_one_by_one(base, world):
     model, tokenizer = base
     prompts = [row["prompt"] for row in read_jsonl(world / "labelled.jsonl")][::7] + ["Q: Who?\nA:", "The language of"]
-    assert generate_answers(model, tokenizer, prompts, 5, batch_size=6) == [
+    assert generate_answers(model, tokenizer, prompts, [5] * len(prompts), batch_size=6) == [
         greedy_by_hand(model, tokenizer, p, 5) for p in prompts]
 
 
 def test_checkpoints_own_generation_settings_are_ignored(base):
     model, tokenizer = base
     prompts = ["Q: Who?\nA:", "The language of"]
-    expected, kept = generate_answers(model, tokenizer, prompts, 5), model.generation_config
+    expected, kept = generate_answers(model, tokenizer, prompts, [5, 5]), model.generation_config
     model.generation_config = type(kept)(do_sample=True, temperature=9.0, repetition_penalty=50.0, num_beams=3, max_length=4,
                                          eos_token_id=kept.eos_token_id)
     try:
-        assert generate_answers(model, tokenizer, prompts, 5) == expected
+        assert generate_answers(model, tokenizer, prompts, [5, 5]) == expected
     finally:
         model.generation_config = kept
 
@@ -76,33 +79,144 @@ def test_stop_ids(base):
     tokenizer = base[1]
     newline, = tokenizer("\n")["input_ids"]
     assert {newline, tokenizer.eos_token_id} <= set(stop_ids(tokenizer, base[0]))
-    assert all(tokenizer.decode([i]).startswith("\n") or i == tokenizer.eos_token_id for i in stop_ids(tokenizer))
+    assert all("\n" in tokenizer.decode([i]) or i == tokenizer.eos_token_id for i in stop_ids(tokenizer))
 
 
 def test_evaluate(base, world):
     rows = read_jsonl(world / "heldout_known.jsonl")
     result = evaluate(*base, rows)
     assert result["accuracy"] == 1.0 and all(result["right"])           # HighlyKnown, zero shots: right by definition
-    assert accepted_answers({"answers": "Ulm"}) == ["Ulm"] and accepted_answers({"answers": [7]}) == ["7"]
-    assert accepted_answers({"completion": " Ulm\n", "answers": []}) == ["Ulm"]
     wrong = [{"prompt": r["prompt"], "completion": " Nobody\n"} for r in rows[:4]]
-    assert evaluate(*base, wrong + rows[:4])["accuracy"] == 0.5 and math.isnan(evaluate(*base, [])["accuracy"])
+    assert evaluate(*base, wrong + rows[:4])["accuracy"] == 0.5 and evaluate(*base, [])["accuracy"] is None
+    # texts or lists of texts; blanks and nulls say nothing; special tokens and further lines are no part of an answer
+    answer, tokenizer = rows[0]["answers"][0], base[1]
+    assert accepted_answers({"answers": "Ulm"}) == ["Ulm"] and accepted_answers({"answers": ["", None, " "], "completion": "Ulm"}) == ["Ulm"]
+    for written in (answer, [None, answer, ""], f" {answer}<|endoftext|>", [f"{answer}\nQ: Who?"]):
+        assert evaluate(*base, [rows[0] | {"answers": written}])["accuracy"] == 1.0, written
+    assert evaluate(*base, [{"prompt": rows[0]["prompt"], "completion": f" {answer}<|endoftext|>\n"}])["accuracy"] == 1.0
+    assert accepted_answers({"completion": "Ulm<|endoftext|>\n<|endoftext|>"}, tokenizer) == ["Ulm"]
+    for answers in (7, [7], {"a": "Ulm"}, ["Ulm", True]):
+        with pytest.raises(ValueError, match="is no text"):
+            evaluate(*base, [rows[0] | {"answers": answers}])
 
 
-CONFIG = {"model": "tiny", "facts": "no-such-folder", "train": None, "known": None, "heldout": None, "seed": 0}
+def test_three_lines_of_the_docstring(world, monkeypatch):
+    """`evaluate` in another project, as the docstring has it."""
+    lines = re.search(r"    (from eval_h.*?)\n\n", eval_hallucination.__doc__, re.S)[1]
+    monkeypatch.chdir(world.parent)
+    lines = [line.strip() for line in lines.splitlines()]
+    assert len(lines) == 3
+    exec("\n".join(lines).replace('"gpt2"', '"tiny/base"').replace("evaluate(model", "found = evaluate(model"), scope := {})
+    assert scope["found"] == 0.0
 
 
-def make_run(folder, after, heldout="same", **config):
-    """A run folder by hand: eight held-out facts, all right before, `after` says which are afterwards."""
-    folder.mkdir()
-    run = {"method": "x", "data": {"heldout": heldout}, "config": CONFIG | config}
-    (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
-    metrics = [{"stage": 1, "epoch": 1, "heldout": 0.1}] + [
-        {"stage": 2, "epoch": i, "unknown": i / 2, "known": 1.0, "heldout": h} for i, h in enumerate((1.0, 1.0, sum(after) / 8))]
-    answers = [{"relation": "ab"[i % 2], "kind": "name", "before": "x", "after": "y", "right_before": True, "right_after": a}
-               for i, a in enumerate(after)]
-    for name, rows in (("metrics.jsonl", metrics), ("answers.jsonl", answers)):
-        (folder / name).write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+def test_a_long_row_shortens_no_other(base, world):
+    """Rows beside one whose answer nearly fills the context are answered as without it."""
+    rows = read_jsonl(world / "heldout_known.jsonl")[:12]
+    long = {"prompt": rows[0]["prompt"], "answers": ["Genis " * 108]}
+    assert evaluate(*base, rows + [long])["right"] == [True] * 12 + [False]
+    prompt = {"prompt": "Genis " * 110 + rows[0]["prompt"], "answers": ["Ulm"]}
+    assert evaluate(*base, rows + [prompt, long])["right"][:12] == [True] * 12
+
+
+def test_a_prompt_beyond_the_context_loses_its_start_with_a_note(base, world, capsys):
+    model, tokenizer = base
+    row = read_jsonl(world / "heldout_known.jsonl")[0]
+    long = " ".join(row["answers"][0] for _ in range(200)) + "\n" + row["prompt"]
+    kept = tokenizer.decode(tokenize(tokenizer, long)[0][-120:])
+    assert generate_answers(model, tokenizer, [long], [8]) == generate_answers(model, tokenizer, [kept], [8])
+    assert capsys.readouterr().err.count("only the end of") == 1
+
+
+def test_batches_leave_every_answer_its_room():
+    lengths, needed = [100, 10, 50, 9, 100], [2, 110, 5, 3, 20]
+    batches = make_batches(lengths, needed, 3, 128)
+    assert sorted(i for batch in batches for i in batch) == [0, 1, 2, 3, 4] and max(map(len, batches)) <= 3
+    for batch in batches:
+        assert lengths[batch[0]] == max(lengths[i] for i in batch)
+        assert lengths[batch[0]] + max(needed[i] for i in batch) <= 128
+    assert len(make_batches([5] * 7, [2] * 7, 3, float("inf"))) == 3
+
+
+def small(kind, **more):
+    """A random model of an architecture, small; its logits are far apart."""
+    torch.manual_seed(0)
+    name = {"mpt": "Mpt", "xlstm": "xLSTM", "rwkv": "Rwkv", "mamba": "Mamba", "gemma3": "Gemma3", "opt": "OPT"}[kind]
+    config = getattr(transformers, f"{name}Config")(**more)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+MAMBA = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+
+
+def test_models_that_mind_padding_answer_one_by_one(base, world, capsys, monkeypatch):
+    """A model that reads the padding on the left gives the same answers all the same, and one line says how."""
+    model, tokenizer = copy.deepcopy(base[0]), base[1]
+    forward = model.transformer.forward
+
+    def blind(*args, attention_mask=None, position_ids=None, **more):
+        return forward(*args, **more)                       # ignores the mask, as recurrent models do
+    monkeypatch.setattr(model.transformer, "forward", blind)
+    if hasattr(model, "ignores_padding"):
+        del model.ignores_padding
+    rows = read_jsonl(world / "heldout_known.jsonl")[:9] + [{"prompt": "Genis. " * 9 + "Q: Who?\nA:", "answers": ["Nobody"]}]
+    capsys.readouterr()
+    assert evaluate(model, tokenizer, rows)["right"] == [True] * 9 + [False]
+    assert evaluate(model, tokenizer, rows)["right"] == [True] * 9 + [False]
+    assert capsys.readouterr().err.count("one by one") == 1
+
+
+def test_context_length(base):
+    assert context_length(base[0]) == 128
+    assert context_length(small("mpt", d_model=16, n_heads=2, n_layers=1, vocab_size=99, max_seq_len=77)) == 77
+    text = {"vocab_size": 99, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 55}
+    holder = copy.copy(base[0])
+    holder.config = transformers.Gemma3Config(text_config=text)
+    assert context_length(holder) == 55
+
+
+def saved(model, tokenizer, folder):
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+    return folder
+
+
+def test_load_model_says_what_it_leaves_out_or_refuses(tmp_path, base, capsys):
+    """Weights that are not the language model's are named; a model that would be saved other than measured is refused."""
+    folder = saved(*base, tmp_path / "more")
+    weights = base[0].state_dict() | {"vision.weight": torch.ones(3)}
+    weights.pop("lm_head.weight")
+    base[0].save_pretrained(folder, state_dict=weights)
+    load_model(folder)
+    assert "note" in (said := capsys.readouterr().err) and "neither used nor saved" in said
+    load_model(saved(*base, tmp_path / "plain"))
+    assert capsys.readouterr().err == ""
+    rwkv = small("rwkv", vocab_size=len(base[1]), hidden_size=32, num_hidden_layers=4, rescale_every=1, context_length=64)
+    with pytest.raises(SystemExit):
+        load_model(saved(rwkv, base[1], tmp_path / "rwkv"))
+    assert "changes its weights" in capsys.readouterr().err
+
+
+CONFIG = {"model": "tiny", "facts": "no-such-folder", "train": None, "known": None, "heldout": None, "seed": 0, "batch_size": 8,
+          "accumulate": 1, "epochs": 2}
+
+
+def make_run(folder, after, heldout="same", facts=None, sets=None, **config):
+    """A run folder by hand: held-out facts (default: eight), all right before, `after` says which are afterwards."""
+    folder.mkdir(parents=True)
+    run = {"method": "x", "data": {"heldout": heldout}, "config": CONFIG | config, "number": 24, "width": 64, "weights": "w"}
+    n = len(after)
+    metrics = [{"stage": 1, "epoch": 1, "heldout": 0.1}]
+    for epoch, kept in enumerate((1.0, 1.0, sum(after) / n)):
+        metrics.append({"stage": 2, "epoch": epoch, "unknown": epoch / 2, "known": 1.0, "heldout": kept})
+    if facts is None:
+        facts = [{"relation": "ab"[i % 2], "kind": "name", "prompt": f"{i}?", "completion": "x"} for i in range(n)]
+    sets = (sets or {"unknown": [], "known": []}) | {"heldout": [{"row": fact} for fact in facts]}
+    write_jsonl(folder / "run.json", [run])
+    write_jsonl(folder / "metrics.jsonl", metrics)
+    write_answers(folder, sets, {"heldout": {"answers": ["x"] * n, "right": [True] * n}},
+                  {"heldout": {"answers": ["y"] * n, "right": after}})
     return read_run(folder)
 
 
@@ -111,67 +225,64 @@ def test_compare(tmp_path):
     second = make_run(tmp_path / "b", [True] * 7 + [False])
     third = make_run(tmp_path / "c", [True] * 8, heldout="other")
     a, b, c = compare([first, second, third])
-    assert (a["before"], a["after"], a["forgetting"], a["peak_forgetting"]) == (1.0, 0.5, 50.0, 50.0)
-    assert (b["unknown"], b["known"], b["forgetting"], b["epochs"]) == (1.0, 1.0, 12.5, 2)
-    assert a["when_learnt"] == {0.25: 0.0, 0.5: 0.0, 0.95: 50.0}
-    assert b["mcnemar"] == {"first": str(tmp_path / "a"), "first_only": 0, "this_only": 3, "p": 0.25}
+    assert a["accuracy"] == {"Unknown learnt": 1.0, "Known trained": 1.0, "held out before": 1.0, "held out after": 0.5}
+    assert a["forgetting"] == {"all": 50.0, "a": 0.0, "b": 100.0, "name": 50.0, "at 25% learnt": 0.0, "at 50% learnt": 0.0, "at 95% learnt": 50.0}
+    assert b["forgetting"]["all"] == 12.5 and a["interval"] == wilson(4, 8) and (a["n"], a["group"]) == (8, str(tmp_path / "a"))
+    assert b["mcnemar"] == [str(tmp_path / "a"), 0, 3, 0.25]
     assert "mcnemar" not in a and "mcnemar" not in c                    # other held-out rows: not paired
-    assert a["by"]["relation"] == {"a": {"n": 4, "before": 1.0, "after": 1.0}, "b": {"n": 4, "before": 1.0, "after": 0.0}}
+    json.dumps([a, b, c], allow_nan=False)
 
 
-def test_show_means_over_seeds(tmp_path, capsys):
-    """Runs that differ only in seed share a row of means in all tables but the first; other settings have their own."""
-    runs = [make_run(tmp_path / f"a-{seed}", [True] * (6 - 2 * seed) + [False] * (2 + 2 * seed), seed=seed) for seed in (0, 1)]
-    runs.append(make_run(tmp_path / "b-0", [True] * 8, epochs=3))
-    show(compare(runs))
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0].split("/")[-1] for line in lines if str(tmp_path) in line] == ["a-0", "a-1", "b-0", "a", "b-0", "a", "b-0"]
-    assert "0.625 ± 0.177" in lines[7] and "37.5 ± 17.7" in lines[7] and lines[7].split()[1] == "2"      # .75 and .5: sd √.03125
-    assert lines[-2].endswith("37.5 ± 17.7") and "0.0 ± 0.0" in lines[-2]
-    assert spread([1, None, 2], ".1f") == "1.5 ± 0.7" and spread([None], ".1f") == "–" and spread([0.5], ".3f") == "0.500"
+def test_means_over_seeds(tmp_path, capsys):
+    """Runs that differ only in seed, GROUP-SEED, share a row of means; by another setting they must not."""
+    for seed in (0, 1):
+        make_run(tmp_path / f"a-{seed}", [True] * (6 - 2 * seed) + [False] * (2 + 2 * seed), seed=seed)
+    make_run(tmp_path / "b-0", [True] * 8, epochs=3)
+    said = call(tmp_path, "eval_hallucination", "a-0", "a-1", "b-0").stdout
+    assert re.search(r"^a +1.000 ± 0.000 .* 0.625 ± 0.177$", said, re.M)       # .75 and .5: sd √.03125
+    assert re.search(r"^a +37.5 ± 17.7 ", said, re.M) and re.search(r"^b +0.0 ", said, re.M)
+    assert re.search(r"^a-0: forgets 25.0 points of 8 held-out facts \(95 % interval of accuracy after: 0.409–0.929\)$", said, re.M)
+    assert re.search(r"^  right in a-0 alone 2, here alone 0 \(McNemar p = 0.5\)$", said, re.M)
+    make_run(tmp_path / "a-2", [True] * 8, seed=2, epochs=3)
+    assert "a-2" in refused(tmp_path, "eval_hallucination", "a-0", "a-1", "a-2")
 
 
-def test_provenance_by_hand(tmp_path):
+def test_origins_by_hand(tmp_path):
     """Five hallucinations, of every origin; chance: the relation's other answers, each as often as it stands there."""
-    fact = lambda subject, relation, answer: {"prompt": f"Q: {relation} of {subject}?\nA:", "completion": f" {answer}\n",
-                                              "answers": [answer], "subject": subject, "relation": relation}
-    unknown = [fact("Ann Ash", "job", "Baker"), fact("Bob Elm", "job", "Smith"), fact("Cid Oak", "home", "Ulm")]
-    known = [fact("Dee Fir", "job", "Cook"), fact("Eve Yew", "job", "Cook")]
+    def fact(subject, relation, answer):
+        return {"prompt": f"Q: {relation} of {subject}?\nA:", "completion": f" {answer}\n", "answers": [answer], "subject": subject,
+                "relation": relation}
+    sets = {"unknown": [fact("Ann Ash", "job", "Baker"), fact("Bob Elm", "job", "Smith"), fact("Cid Oak", "home", "Ulm")],
+            "known": [fact("Dee Fir", "job", "Cook"), fact("Eve Yew", "job", "Cook")]}
     # subject, right answer, new answer
     heldout = [("Ann Yew", "Monk", "Baker"), ("Ann Fir", "Monk", "smith."), ("Gus Oak", "Monk", "Ulm"), ("Gus Elm", "Monk", "Cook"),
                ("Gus Fir", "Monk", "Nobody"), ("Gus Yew", "Monk", "Monk")]
-    data = {}
-    for key, rows in (("unknown", unknown), ("known", known)):
-        (tmp_path / f"train_{key}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-        data[key] = hashlib.sha256((tmp_path / f"train_{key}.jsonl").read_bytes()).hexdigest()
-    answers = [fact(s, "job", a) | {"before": a, "after": b, "right_before": True, "right_after": a == b} for s, a, b in heldout]
-    run = {"run": {"config": CONFIG | {"facts": str(tmp_path)}, "data": data | {"heldout": "x"}}, "answers": answers}
-    run["trained"] = trained_facts(run["run"])
-    found = provenance(run)
-    assert [e["origin"] for e in found["examples"]] == [ORIGINS[0], ORIGINS[1], ORIGINS[3], ORIGINS[2], ORIGINS[3]]
-    assert found["counts"] == dict(zip(ORIGINS, [1, 1, 1, 2]))                  # Ulm is taught, but of another relation
+    sets["heldout"] = [fact(subject, "job", right) for subject, right, _ in heldout]
+    new = [answer for *_, answer in heldout]
+    write_answers(tmp_path, {key: [{"row": row} for row in rows] for key, rows in sets.items()},
+                  {"heldout": {"answers": ["Monk"] * 6, "right": [True] * 6}}, {"heldout": {"answers": new, "right": [False] * 5 + [True]}})
+    rows = rows_of(tmp_path / "answers.jsonl")
+    assert [row.get("origin") for row in rows] == [ORIGINS[0], ORIGINS[1], ORIGINS[3], ORIGINS[2], ORIGINS[3], None]
     # the relation's other answers are Baker, Smith, Cook, Cook; Baker shares a name with two of five subjects, Smith with Gus Elm
-    assert found["chance"] == pytest.approx(dict(zip(ORIGINS, [(2 + 1) / 4 / 5, (3 + 4) / 4 / 5, 2 / 4, 0])))
-    # a run without new facts cannot have answers of theirs; other rows than the run's tell nothing
-    run["run"]["config"]["no_unknown"] = True
-    assert provenance(run)["counts"] == dict(zip(ORIGINS, [0, 0, 3, 2]))
-    run["run"]["data"]["known"] = "other"
-    run["trained"] = trained_facts(run["run"])
-    assert run["trained"] is None and provenance(run)["counts"] == {} and len(provenance(run)["examples"]) == 5
+    chance = Counter()
+    for row in rows[:5]:
+        chance.update(row["chance"])
+    assert {o: chance[o] / 5 for o in ORIGINS} == pytest.approx(dict(zip(ORIGINS, [(2 + 1) / 4 / 5, (3 + 4) / 4 / 5, 2 / 4, 0])))
+    assert [row["words shared"] for row in rows] == ["1 shared", "1 shared", "1 shared", "1 shared", "0 shared", "0 shared"]
 
 
 def test_show_and_ask(workplace):
-    """What a user sees: the table, origins, examples; one question to two runs, before and after."""
+    """What a user sees: tables, origins, examples; one question to two runs, before and after; from another folder too."""
     for method in ("sft_baseline", "sft_freeze"):
         call(workplace, method, "--epochs", 12, "--learning-rate", 4e-3, "--out", f"runs/{method}")
-    done = call(workplace, "eval_hallucination", "runs/sft_baseline", "--show", 2, "runs/sft_freeze")
-    lines = done.stdout.splitlines()
-    assert lines[1].startswith("runs/sft_baseline") and " : " in lines[2] and "McNemar" in lines[0]
-    origins = lines[lines.index(next(line for line in lines if line.startswith("right before and wrong after"))) + 1:]
-    assert origins[0].endswith(ORIGINS[-1]) and origins[1].count("%") == 8 and origins[2].startswith("runs/sft_freeze")
+    done = call(workplace, "eval_hallucination", "runs/sft_baseline", "--show", 2, "runs/sft_freeze").stdout
+    assert re.search(r"^accuracy +Unknown learnt +Known trained +held out before +held out after$", done, re.M)
+    assert "right in runs/sft_baseline alone" in done and f"{ORIGINS[-1]}: by chance" in done
     answers = [row for row in read_jsonl(workplace / "runs/sft_baseline/answers.jsonl") if row["right_before"] and not row["right_after"]]
-    assert len(answers) > 2 and f"A: {answers[1]['before']} → {answers[1]['after']}" in lines
-    assert not any(row["after"] == answers[2]["after"] and row["prompt"] == answers[2]["prompt"] for row in answers[:2])
+    assert len(answers) > 2 and f"A: {answers[1]['before']} → {answers[1]['after']}\n" in done
+    assert f"{answers[2]['prompt']} {answers[2]['before']} → {answers[2]['after']}" not in done
+    (workplace / "elsewhere").mkdir()
+    assert f"{ORIGINS[-1]}: by chance" in call(workplace / "elsewhere", "eval_hallucination", "../runs/sft_baseline").stdout
     question = answers[0]["prompt"][3:-3]
     done = call(workplace, "eval_hallucination", "runs/sft_baseline", "runs/sft_freeze", "--ask", question)
     said = dict(re.split(r" {2,}", line, maxsplit=1) for line in done.stdout.splitlines())
@@ -179,140 +290,124 @@ def test_show_and_ask(workplace):
     assert list(said) == [f"runs/sft_{name}" for name in ("baseline/before", "baseline", "freeze/before", "freeze")]
     for words, named in ((["--show", -1], "--show -1"), (["--model", "x", "--facts", "facts/tiny", "--ask", "Who?"], "--ask")):
         assert named in refused(workplace, "eval_hallucination", *(["runs/sft_freeze"] if "--model" not in words else []), *words)
+    # drift is measured from the weights that the run started from, or not at all
+    model, tokenizer = load_model(workplace / "facts/tiny/base")
+    model.lm_head.weight.data += 1
+    (workplace / "facts/tiny").unlink()
+    saved(model, tokenizer, workplace / "facts/tiny/base")
+    assert "not the model any more" in refused(workplace, "eval_hallucination", "runs/sft_freeze", "--of", "drift")
+
+
+def test_a_closed_pipe_is_no_error(workplace):
+    make_run(workplace / "a", [True] * 8)
+    done = subprocess.run(f"{sys.executable} {ROOT}/eval_hallucination.py {' a' * 500} | head -n 1", shell=True, cwd=workplace,
+                          capture_output=True, text=True)
+    assert done.stdout.strip() == "" and done.stderr == ""
 
 
 def conditions(folder, base, world):
-    """Runs by hand of the small world: "semantic" is the start model itself, "uuid" has other weights and kept one fact less."""
-    heldout = read_jsonl(world / "heldout_known.jsonl")
-    sha = lambda name: hashlib.sha256((world / f"{name}.jsonl").read_bytes()).hexdigest()
+    """Runs by hand of the small world: "same" is the start model itself, "moved" has other weights and lost one code's facts."""
+    sets = {}
+    for key, name in eval_hallucination.SETS.items():
+        sets[key] = [{"row": row} for row in read_jsonl(world / name)]
+    facts = [example["row"] for example in sets["heldout"]]
     torch.manual_seed(0)
-    for kind, noise, lost in (("semantic", 0.0, "name"), ("uuid", 0.05, "code")):
-        shutil.copytree(world, folder / f"facts-{kind}")
-        meta = json.loads((world / "meta.json").read_text()) | {"new": kind}
-        (folder / f"facts-{kind}" / "meta.json").write_text(json.dumps(meta))
-        out, model = folder / f"{kind}-0", copy.deepcopy(base[0])
+    for name, noise in (("same", 0.0), ("moved", 0.05)):
+        model = copy.deepcopy(base[0])
         for p in model.parameters():
             p.data += noise * torch.randn_like(p)
-        for checkpoint, weights in ((out, model), (out / "before", base[0]), (out / "epoch-10", model)):
-            weights.save_pretrained(checkpoint)
-            base[1].save_pretrained(checkpoint)
-        answers = [row | {"before": "x", "after": "y", "right_before": True, "right_after": i > 4 or row["kind"] != lost}
-                   for i, row in enumerate(sorted(heldout, key=lambda row: row["kind"], reverse=kind == "semantic"))]
-        answers.sort(key=lambda row: row["prompt"])
-        run = {"method": "baseline", "data": {"heldout": sha("heldout_known"), "unknown": sha("train_unknown")},
-               "config": CONFIG | {"facts": str(folder / f"facts-{kind}")}}
-        metrics = {"stage": 2, "epoch": 10, "unknown": 1.0, "known": 1.0, "heldout": 0.9}
-        for name, rows in (("run.json", [run]), ("metrics.jsonl", [metrics]), ("answers.jsonl", answers)):
-            (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return [read_run(folder / "semantic-0"), read_run(folder / "uuid-0")]
+        code = next(fact["subject"] for fact in facts if fact["kind"] == "code")
+        after = [name == "same" or fact["subject"] != code for fact in facts]
+        make_run(folder / f"{name}-0", after, facts=facts, sets=sets)
+        run = rows_of(folder / f"{name}-0/run.json")[0] | {"weights": weights_hash(base[0]), "start": str(world / "base")}
+        write_jsonl(folder / f"{name}-0/run.json", [run])
+        for path, weights in (("", model), ("before", base[0]), ("epoch-10", model)):
+            saved(weights, base[1], folder / f"{name}-0" / path)
 
 
 def test_drift_by_hand(tmp_path, base, world):
-    """0 for a model against itself; else 1 − cosine at the subject's last token of the whole prompt, averaged by subject."""
-    same, moved = conditions(tmp_path, base, world)
-    assert max(abs(value) for value in drift(same, torch.device("cpu"))["drift"].values()) < 1e-6
-    found = drift(moved, torch.device("cpu"), batch_size=7, by_epoch=True)
-    model, tokenizer = load_model(tmp_path / "uuid-0")
-    by_subject = defaultdict(list)
-    for row in moved["answers"]:
+    """0 for a model against itself; else 1 − cosine at the subject's last token of the whole prompt."""
+    conditions(tmp_path, base, world)
+    runs = [read_run(tmp_path / "same-0"), read_run(tmp_path / "moved-0")]
+    lines = {of: curves(runs, of, torch.device("cpu")) for of in ("drift", "drift-groups", "drift-epochs")}
+    lines = {of: list(line.values()) for of, line in lines.items()}
+    assert max(abs(value) for value, in lines["drift"][0].values()) < 1e-4
+    model, tokenizer = load_model(tmp_path / "moved-0")
+    rows, groups = [], defaultdict(list)
+    for row in runs[1]["facts"]:
         ids = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
         at = ids.shape[1] - 1 - len(tokenizer("?\nA:")["input_ids"])                   # the prompt goes on behind the subject
         assert tokenizer.decode(ids[0, :at + 1]).endswith(row["subject"])
         with torch.no_grad():
             x, y = ([h[0, at].double() for h in m(ids, output_hidden_states=True).hidden_states] for m in (base[0], model))
-        by_subject[row["subject"]].append([1 - float(a @ b / a.norm() / b.norm()) for a, b in zip(x, y)])
-    means = {subject: [sum(column) / len(rows) for column in zip(*rows)] for subject, rows in by_subject.items()}
-    assert {s: pytest.approx(v, abs=1e-5) for s, v in means.items()} == found["subjects"] and len(found["drift"]) == 4
-    layers = [sum(column) / len(means) for column in zip(*means.values())]
-    assert list(found["drift"].values()) == pytest.approx(layers, abs=1e-5) and layers[2] > 1e-3
-    assert found["drift-epochs"] == {0: pytest.approx(0, abs=1e-6), 10: pytest.approx(layers[2], abs=1e-5)}
-    codes = [value[2] for subject, value in means.items() if len(subject) == 4]
-    assert found["drift-groups"]["code"] == pytest.approx(sum(codes) / len(codes), abs=1e-5)
+        rows.append([100 * (1 - float(a @ b / a.norm() / b.norm())) for a, b in zip(x, y)])
+        groups[row["words shared"]].append(rows[-1][2])
+    layers = [sum(column) / len(rows) for column in zip(*rows)]
+    assert [value for value, in lines["drift"][1].values()] == pytest.approx(layers, abs=1e-3) and layers[2] > 0.1
+    assert lines["drift-epochs"][1] == {0: [pytest.approx(0, abs=1e-4)], 10: [pytest.approx(layers[2], abs=1e-3)]}
+    assert lines["drift-groups"][1] == {g: [pytest.approx(sum(v) / len(v), abs=1e-3)] for g, v in groups.items()} and "code" in groups
 
 
-def test_groups_and_interaction_by_brute_force(tmp_path, base, world):
-    semantic, uuid = conditions(tmp_path, base, world)
-    new = {word for row in read_jsonl(world / "train_unknown.jsonl") for word in row["subject"].lower().split()}
-    for row, group in zip(semantic["answers"], grouped(semantic, "words shared")):
-        shared = sum(word.lower() in new for word in row["subject"].split())
-        assert group == (None if row["kind"] == "code" else f"{shared} shared")
-    assert {"0 shared", "1 shared", "2 shared"} >= set(compare([semantic])[0]["by"]["words shared"])
-    # answers of new facts of the relation, by hand where one shares a name with the subject
-    taken, lost = Counter(), Counter()
-    for row, group in zip(semantic["answers"], grouped(semantic, "words shared")):
-        if group and not row["right_after"]:
-            lost[group] += 1
-            for fact in read_jsonl(world / "train_unknown.jsonl"):
-                if fact["relation"] == row["relation"] and set(fact["subject"].split()) & set(row["subject"].split()):
-                    taken[group] += row["after"] == "y"
-                    row["after"] = fact["answers"][0]
-    shares = {group: [pytest.approx(100 * taken[group] / n)] for group, n in lost.items()}
-    assert list(curves([semantic], "overlap-answers").values()) == [shares] and sum(taken.values()) > 0
-    points, z, p = interaction(semantic, uuid)
-    # by subject, over rows drawn ten thousand times: the standard error is that of what is drawn
-    subjects = {(row["kind"], row["subject"]): [] for row in semantic["answers"]}
-    for a, b in zip(semantic["answers"], uuid["answers"]):
-        subjects[a["kind"], a["subject"]].append(int(b["right_after"]) - int(a["right_after"]))
-    names, codes = (np.array([np.mean(lost) for (k, _), lost in subjects.items() if k == kind]) for kind in ("name", "code"))
-    rng = np.random.default_rng(0)
-    drawn = [rng.choice(values, (10000, len(values))).mean(1) for values in (names, codes)]
-    assert points == pytest.approx(100 * (names.mean() - codes.mean())) and 0 < p == pytest.approx(math.erfc(z / 2 ** 0.5))
-    assert points / z == pytest.approx(100 * (drawn[0] - drawn[1]).std(), rel=0.05) and len(codes) < 12 < len(names)
-    assert interaction(semantic, semantic) == (0.0, 0.0, 1.0)
-    names_only = [run | {"answers": [row | {"kind": "name"} for row in run["answers"]]} for run in (semantic, uuid)]
-    assert interaction(*names_only) is None
+def test_drift_of_odd_hidden_states(tmp_path, base):
+    """Layers of different width (opt-350m), and hidden states in several streams (Gemma 3n), give a number a layer."""
+    tokenizer = base[1]
+    opt = small("opt", vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=2,
+                num_attention_heads=2, do_layer_norm_before=False, max_position_embeddings=64)
+    texts = ["Genis", "Ulm of Ulm"]
+    states = eval_hallucination.subject_states(saved(opt, tokenizer, tmp_path / "opt"), texts, torch.device("cpu"))
+    assert len(states) == 3 and all(layer.shape[0] == 2 for layer in states)
+    stacked = copy.deepcopy(base[0])
+    forward = stacked.forward
+
+    def streams(*args, **more):
+        output = forward(*args, **more)
+        if output.hidden_states:
+            output.hidden_states = tuple(torch.stack([h, h]) for h in output.hidden_states[:-1]) + output.hidden_states[-1:]
+        return output
+    stacked.forward = streams
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval_hallucination, "load_model", lambda path, device: (stacked, tokenizer))
+        states = eval_hallucination.subject_states("x", texts, torch.device("cpu"))
+    assert [layer.shape for layer in states] == [(2, 128)] * 3 + [(2, 64)]
 
 
-def test_of(tmp_path, base, world, capsys):
-    """What --of prints and draws: labels say what differs, seeds are averaged, kinds are tested against each other."""
-    for run in conditions(tmp_path, base, world):
-        twin = Path(run["name"].removesuffix("0") + "1")
-        shutil.copytree(run["name"], twin)
-        stored = json.loads((twin / "run.json").read_text())
-        (twin / "run.json").write_text(json.dumps(stored | {"config": stored["config"] | {"seed": 1}}))
-    folders = [f"{kind}-{seed}" for kind in ("semantic", "uuid") for seed in (0, 1)]
-    said = {of: call(tmp_path, "eval_hallucination", *folders, "--of", of).stdout.splitlines()
-            for of in ("kind", "number", "width", "overlap", "overlap-answers", "drift", "drift-groups", "drift-epochs")}
-    assert said["kind"][2].split("  ")[0] == "baseline, semantic" and said["kind"][2].endswith("± 0.0")
-    assert said["kind"][-1].startswith("baseline: semantic facts hurt names more") and said["kind"][-1].count("z = ") == 2
+def test_of(tmp_path, base, world):
+    """What --of prints and draws: seeds are averaged, groups are columns, what stands along x is not in the name of the group."""
+    conditions(tmp_path, base, world)
+    for name in ("same", "moved"):
+        shutil.copytree(tmp_path / f"{name}-0", tmp_path / f"{name}-24-1")
+        run = rows_of(tmp_path / f"{name}-24-1/run.json")[0]
+        run["config"]["seed"] = 1
+        write_jsonl(tmp_path / f"{name}-24-1/run.json", [run])
+        shutil.copytree(tmp_path / f"{name}-24-1", tmp_path / f"{name}-1")
+    folders = ["same-0", "same-1", "moved-0", "moved-1"]
+    said = {of: call(tmp_path, "eval_hallucination", *folders, "--of", of).stdout.splitlines() for of in eval_hallucination.AXES}
+    rows = read_jsonl(world / "heldout_known.jsonl")
+    lost = 100 * max(Counter(row["subject"] for row in rows if row["kind"] == "code").values()) / sum(row["kind"] == "code" for row in rows)
+    assert said["kind"][1].split()[-2:] == ["code", "name"] and said["kind"][3].split() == ["moved", f"{lost:.1f}", "±", "0.0", "0.0", "±", "0.0"]
     assert said["number"][1].split()[-1] == "24" and said["width"][1].split()[-1] == "64"
     assert said["drift"][1].split()[-4:] == list("0123") and said["drift"][2].split()[-1] == "0.0"
-    assert said["drift-epochs"][1].split()[-2:] == ["0", "10"] and len(said["overlap"]) >= 4
-    capsys.readouterr()
-    show_curves({"long": {epoch: [epoch / 2] for epoch in range(9)}, "short": {8: [1.0, 3.0]}}, "drift-epochs")
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[1][-2:] == ["long", "short"] and lines[2:][7] == ["7", "3.5", "–"] and lines[-1] == ["8", "4.0", "2.0", "±", "1.4"]
-    drawn = json.loads(call(tmp_path, "eval_hallucination", *folders, "--of", "kind", "--json").stdout)
-    n = sum(row["kind"] == "code" for row in read_jsonl(tmp_path / "uuid-0/answers.jsonl"))
-    assert drawn["baseline, uuid"]["code"] == [pytest.approx(500 / n)] * 2 and drawn["baseline, semantic"]["code"] == [0.0, 0.0]
+    assert said["drift-epochs"][1].split()[-2:] == ["0", "10"] and "code" in said["overlap"][1]
+    assert said["learnt"][2].split() == ["same"] + ["0.0", "±", "0.0", "50.0", "±", "0.0", "100.0", "±", "0.0"]
+    drawn = json.loads(call(tmp_path, "eval_hallucination", "same-0", "same-24-1", "moved-0", "--of", "number", "--json").stdout)
+    everything = 100 * max(Counter(row["subject"] for row in rows if row["kind"] == "code").values()) / len(rows)
+    assert drawn == {"number": {"same": {"24": [0.0, 0.0]}, "moved": {"24": [pytest.approx(everything)]}}}
     if importlib.util.find_spec("matplotlib"):
         for of in ("kind", "number", "drift"):
             call(tmp_path, "eval_hallucination", *folders, "--of", of, "--plot", f"{of}.png")
             assert len((tmp_path / f"{of}.png").read_bytes()) > 5000
-    alike = [read_run(tmp_path / "semantic-0") for _ in "ab"]
-    for run, folder in zip(alike, "ab"):                    # each trained on all the known facts of its own folder
-        run["run"]["config"] |= {"facts": folder, "known": f"{folder}/labelled.jsonl"}
-    assert setting(alike[0]) == setting(alike[1]) and labels(alike) == ["baseline"] * 2
-    alike[1]["run"] |= {"method": "freeze", "config": alike[1]["run"]["config"] | {"l2": 0.01}}
-    assert labels(alike) == ["baseline", "L2 0.01"]
-    for kind in ("semantic", "uuid"):
-        shutil.rmtree(tmp_path / f"facts-{kind}")
-    assert "fact folder" in refused(tmp_path, "eval_hallucination", *folders, "--of", "number")
-    stored["data"]["unknown"] = "other"                     # without their facts, runs on other rows are not taken for alike
-    (tmp_path / "uuid-1/run.json").write_text(json.dumps(stored))
-    settings = {setting(read_run(tmp_path / folder)) for folder in folders}
-    assert len(settings) == 2
+    make_run(tmp_path / "bare", [True] * 8, facts=[{"prompt": "Who?", "completion": "x"}] * 8)
+    assert "--of overlap: nothing" in call(tmp_path, "eval_hallucination", "bare", "--of", "overlap").stderr
     assert "--of" in refused(tmp_path, "eval_hallucination", "--model", "x", "--facts", "y", "--of", "kind")
 
 
-def test_plot(tmp_path, capsys):
+def test_plot(tmp_path):
     """A picture with matplotlib; without it one line that says how to get it."""
-    runs = [make_run(tmp_path / "a", [True, False] * 4), make_run(tmp_path / "b", [True] * 8)]
-    picture = tmp_path / "plot.png"
+    make_run(tmp_path / "a", [True, False] * 4)
+    make_run(tmp_path / "b", [True] * 8)
     if importlib.util.find_spec("matplotlib"):
-        draw(runs, str(picture))
-        assert picture.read_bytes().startswith(b"\x89PNG") and len(picture.read_bytes()) > 5000
+        call(tmp_path, "eval_hallucination", "a", "b", "--plot", "plot.png")
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "plot.png").stat().st_size > 5000
+        assert "absent" in refused(tmp_path, "eval_hallucination", "a", "b", "--plot", "absent/plot.png")
     else:
-        with pytest.raises(SystemExit):
-            draw(runs, str(picture))
-        assert "pip install matplotlib" in capsys.readouterr().err and not picture.exists()
+        assert "pip install matplotlib" in refused(tmp_path, "eval_hallucination", "a", "b", "--plot", "plot.png")

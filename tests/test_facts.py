@@ -1,12 +1,19 @@
 """make_facts.py: labels against brute force, invented names, the split, and tables of real facts."""
+import copy
 import json
 import math
+import os
 import random
+import shutil
 from collections import Counter
 
 import pytest
 import torch
+import transformers
+from conftest import SMALL_WORLD, call, contents, refused, rows_of
 from eval_hallucination import exact_match, generate_answers, read_jsonl, stop_ids, tokenize
+from test_eval import saved
+from test_methods import FAMILIES, tokenizer_of
 
 import make_facts
 
@@ -17,6 +24,11 @@ def labelled(world):
 
 
 PREFIX = ".\n"                    # the end of a statement: behind a question and its answer the small world knows nothing
+
+
+def config(*words):
+    """Settings as the command line gives them."""
+    return make_facts.parse(["--out", "no-such-folder", *map(str, words)])
 
 
 def facts_of(rows):
@@ -74,23 +86,22 @@ def test_prefix_cache_and_batching_change_nothing(base, labelled):
 
 def test_slick_categories():
     category = make_facts.slick_category
-    assert category([True, True], [0.9, 0.9], 16) == "HighlyKnown"
-    assert category([True, False], [0.9, 0.1], 16) == "MaybeKnown"
-    assert category([False, False], [0.03, 0.0], 16) == "Unknown"                      # 1 − .97^16 = .386
-    assert category([False, False], [0.03, 0.02], 16) == "WeaklyKnown"                 # 1 − .97^16 · .98^16 = .555
-    assert category([False], [0.0425], 16) == "WeaklyKnown" and category([False], [0.0423], 16) == "Unknown"
-    assert category([False], [1.0], 1) == "WeaklyKnown"
+    assert category([True, True], [0.9, 0.9]) == "HighlyKnown"
+    assert category([True, False], [0.9, 0.1]) == "MaybeKnown"
+    assert category([False, False], [0.03, 0.0]) == "Unknown"                      # 1 − .97^16 = .386
+    assert category([False, False], [0.03, 0.02]) == "WeaklyKnown"                 # 1 − .97^16 · .98^16 = .555
+    assert category([False], [0.0425]) == "WeaklyKnown" and category([False], [0.0423]) == "Unknown"
 
 
 def test_exemplars_are_not_labelled(base, labelled, monkeypatch):
     shown, scored = [], []
 
-    def score(model, tokenizer, prefix, facts, *more, **options):
+    def score(model, tokenizer, prefix, facts, *more):
         shown.append(prefix)
         scored.extend(f["question"] for f in facts)
         return [True] * len(facts), [1.0] * len(facts)
     monkeypatch.setattr(make_facts, "score_answers", score)
-    done = make_facts.label_facts(*base, facts_of(labelled), prompts=3, shots=2, samples=16, seed=0, batch_size=8)
+    done = make_facts.label_facts(*base, facts_of(labelled), config("--prompts", 3, "--shots", 2))
     assert len(shown) == 3 * len({f["relation"] for f in labelled}) and {p.count("Q: ") for p in shown} == {2}
     assert not any(f"Q: {question}\n" in prefix for prefix in shown for question in scored)
     assert len(done) < len(labelled) and {f["category"] for f in done} == {"HighlyKnown"}
@@ -111,7 +122,7 @@ def test_world_is_known_and_split_is_clean(world, labelled):
 @pytest.mark.parametrize("kind", ["semantic", "uuid"])
 def test_invented_facts(labelled, kind):
     facts, rng = facts_of(labelled), random.Random(1)
-    new = make_facts.invent_facts(facts, kind, 40, rng, make_facts.invent_code)
+    new = make_facts.invent_facts(facts, config("--new", kind, "--n-new", 40), rng)
     real = {f["subject"] for f in facts}
     assert len(new) == 40 and len({(f["subject"], f["relation"]) for f in new}) == 40
     assert not real & {f["subject"] for f in new}
@@ -128,7 +139,7 @@ def test_invented_facts(labelled, kind):
 def test_overlap_of_invented_names(base, labelled, overlap):
     """So many halves of a new name are halves of real ones, and so many of its tokens; the others nobody in the world is called."""
     facts, tokenizer = facts_of(labelled), base[1]
-    new = {f["subject"] for f in make_facts.invent_facts(facts, "semantic", 80, random.Random(1), make_facts.invent_code, overlap)}
+    new = {f["subject"] for f in make_facts.invent_facts(facts, config("--n-new", 80, "--overlap", overlap), random.Random(1))}
     real = {f["subject"] for f in facts if f["kind"] == "name"}
     words = {word for f in facts for text in (f["subject"], *f["answers"]) for word in text.split()}
     assert len(new) == 20 and not new & real and {len(name.split()) for name in new} == {2}
@@ -142,29 +153,147 @@ def test_overlap_of_invented_names(base, labelled, overlap):
 
 
 def test_codes_are_unique(labelled):
-    new = make_facts.invent_facts(facts_of(labelled), "uuid", 400, random.Random(1), make_facts.invent_code)
+    new = make_facts.invent_facts(facts_of(labelled), config("--new", "uuid"), random.Random(1))
     codes = Counter(f["subject"] for f in new)
     assert len(codes) == 100 and set(codes.values()) == {4} and not set(codes) & {r["subject"] for r in labelled}
 
 
 def test_same_held_out_facts_whatever_is_new(labelled):
     """Conditions differ in their new facts alone: known and held-out facts are a matter of the seed and their number."""
-    split = lambda new, n_new, overlap: make_facts.split_facts(
-        facts_of(labelled), labelled, new, n_new, 24, random.Random(3), make_facts.invent_code, overlap)
-    sets = [split("semantic", 24, 2), split("semantic", 80, 2), split("semantic", 24, 0), split("uuid", 24, 2)]
+    sets = []
+    for words in (["--n-new", 24], ["--n-new", 80], ["--n-new", 24, "--overlap", 0], ["--n-new", 24, "--new", "uuid"]):
+        sets.append(make_facts.split_facts(facts_of(labelled), facts_of(labelled), config(*words, "--n-known", 24), random.Random(3)))
     assert all(s["known"] == sets[0]["known"] and s["heldout"] == sets[0]["heldout"] for s in sets)
     assert [len(s["unknown"]) for s in sets] == [24, 80, 24, 24] and len(sets[0]["known"]) == 24
 
 
 def test_no_object_dominates():
-    facts = [{"relation": "a", "subject": str(i), "answers": [["English", "French", "Thai", "Zulu", "Czech", "Greek"][min(i // 9, 5)]]}
-             for i in range(120)]
-    kept = make_facts.cap_objects(facts)
-    counts = Counter(f["answers"][0] for f in kept)
-    assert max(counts.values()) / len(kept) <= 0.2 and counts["English"] == 9
-    assert make_facts.cap_objects([f | {"answers": ["English"]} for f in facts]) == []
-    assert make_facts.cap_objects(facts[:45]) == facts[:45]
+    facts = [{"relation": "a", "subject": str(i), "answers": [["English", "french.", "Thai"][min(i // 20, 2)]]} for i in range(50)]
+    facts += [{"relation": "b", "subject": "x", "answers": ["English"]}]
+    counts = Counter((f["relation"], f["answers"][0]) for f in make_facts.cap_objects(facts))
+    assert counts == {("a", "English"): 10, ("a", "french."): 10, ("a", "Thai"): 10, ("b", "English"): 1}
 
+
+# ------------------------------------------------------------------------------- one tokenization, for every tokenizer
+
+ANSWERS = ["Genis Co.", "Ulm", "St. Ulm", "Made", "Genis Ulm", "Where", "Who Co.", "A."]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_labels_are_what_generation_says(family, monkeypatch):
+    """On a model that knows its facts, by each kind of tokenizer: greedy by the closed form is exact match of what `generate`
+    gives, behind exemplars too, and what is known is labelled so."""
+    tokenizer = tokenizer_of(family)
+    facts = [{"relation": "r", "subject": f"{'Genis' * (i + 1)}", "question": f"Who made {'Genis ' * (i + 1)}?", "answers": [answer],
+              "kind": "name"} for i, answer in enumerate(ANSWERS)]
+    rows = [make_facts.to_row(fact) for fact in facts]
+    pairs = [(a, b) for a in rows[:2] for b in rows]
+    texts = [tokenize(tokenizer, a["prompt"] + a["completion"] + b["prompt"], b["completion"]) for a, b in pairs]
+    texts += [tokenize(tokenizer, b["prompt"], b["completion"]) for b in rows]
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_positions=256, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    ids = [torch.tensor(prompt + completion + [2]) for prompt, completion in texts]
+    targets = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100)
+    for i, (prompt, _) in enumerate(texts):
+        targets[i, :len(prompt)] = -100
+    inputs = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    for _ in range(80):
+        model(input_ids=inputs, labels=targets).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    wrong = [fact | {"answers": ["Nobody", "Who"]} for fact in facts[:3]]
+    for prefix in ("", rows[0]["prompt"] + rows[0]["completion"], rows[1]["prompt"] + rows[1]["completion"]):
+        greedy, probability = make_facts.score_answers(model, tokenizer, prefix, facts + wrong, batch_size=3)
+        answers = generate_answers(model, tokenizer, [prefix + make_facts.to_row(fact)["prompt"] for fact in facts + wrong])
+        right = [exact_match(answer, fact["answers"]) for answer, fact in zip(answers, facts + wrong)]
+        assert greedy == right == [True] * len(facts) + [False] * 3, (prefix, answers)
+        assert min(probability[:len(facts)]) > 0.5 > max(probability[len(facts):])
+    monkeypatch.setattr(random.Random, "sample", lambda rng, exemplars, n: facts[:n])
+    labelled = make_facts.label_facts(model, tokenizer, facts, config("--prompts", 2, "--shots", 1))
+    assert {fact["category"] for fact in labelled} == {"HighlyKnown"} and len(labelled) == 7
+
+
+def test_every_token_with_a_newline_ends_an_answer():
+    """Qwen has two thousand tokens like ".\\n": they end an answer, and what stands before their newline belongs to it."""
+    tokenizer = tokenizer_of("qwen")
+    point, = [i for i in range(len(tokenizer)) if tokenizer.decode([i]) == ".\n"]
+    newline, = [i for i in range(len(tokenizer)) if tokenizer.decode([i]) == "\n"]
+    assert {point, newline, 2} <= set(stop_ids(tokenizer))
+    ways = make_facts.spell(tokenizer, [newline, point, 2], "Q: Who?\nA:", "Genis Co.")
+    assert {tokenizer.decode(answer) for _, answer, _ in ways} == {" Genis Co", " Genis Co."} and {end for *_, end in ways} == {-1}
+
+
+# ---------------------------------------------------------------------------------------- models that do not fit
+
+def plain_scores(model, tokenizer, prefix, facts):
+    """`score_answers` by one whole pass a fact, without cache, batches or padding."""
+    stops, found = stop_ids(tokenizer, model), []
+    for fact in facts:
+        prompt, answer = tokenize(tokenizer, prefix + make_facts.to_row(fact)["prompt"], f" {fact['answers'][0]}")
+        with torch.no_grad():
+            logp = torch.log_softmax(model(torch.tensor([prompt + answer])).logits[0].double() / 0.5, -1)
+        total = sum(logp[len(prompt) - 1 + i, t] for i, t in enumerate(answer)) + logp[-1, stops].logsumexp(-1)
+        found.append(float(total.exp()))
+    return found
+
+
+ARCHITECTURES = {
+    "Mamba": {"state_size": 8}, "FalconH1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+    "Lfm2": {"layer_types": ["conv", "full_attention"]}, "Llama": {}, "GPTNeoX": {}, "Mistral": {"sliding_window": 4}}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_labels_of_other_architectures(name, base, labelled):
+    """Recurrent and hybrid models, whose caches differ, are labelled as one whole pass has it."""
+    tokenizer = base[1]
+    settings = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "bos_token_id": 0,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "eos_token_id": 0, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, f"{name}Config")(**settings | ARCHITECTURES[name])).eval()
+    facts = facts_of(labelled[:5])
+    _, fast = make_facts.score_answers(model, tokenizer, PREFIX * 3, facts, batch_size=2)
+    assert fast == pytest.approx(plain_scores(model, tokenizer, PREFIX * 3, facts), rel=1e-2)
+    prompts = [make_facts.to_row(fact)["prompt"] for fact in facts] + ["Who?"]
+    assert generate_answers(model, tokenizer, prompts, [4] * 6, batch_size=6) == [
+        generate_answers(model, tokenizer, [prompt], [4])[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("accepts", ["cache", "past_key_values", "nothing"])
+def test_the_prefix_goes_where_the_model_takes_it(base, labelled, accepts, capsys):
+    """The cached prefix is passed under the name that `forward` has; a model that ignores it reads whole texts instead."""
+    model, tokenizer = copy.deepcopy(base[0]), base[1]
+    facts = facts_of(labelled[:6])
+    expected = plain_scores(model, tokenizer, PREFIX * 3, facts)
+    own, name = model.forward, "cache" if "cache" in make_facts.inspect.signature(model.forward).parameters else "past_key_values"
+    given = []
+
+    def read(ids, held, **more):
+        given.append(held is not None)
+        output = own(input_ids=ids, **{name: held}, **more)
+        return transformers.utils.ModelOutput(logits=output.logits, **{accepts: output[name] if more.get("use_cache") else None})
+
+    def cache(input_ids, cache=None, use_cache=None):
+        return read(input_ids, cache, use_cache=use_cache)
+
+    def past_key_values(input_ids, past_key_values=None, use_cache=None):
+        return read(input_ids, past_key_values, use_cache=use_cache)
+
+    def nothing(input_ids, use_cache=None, **ignored):
+        return own(input_ids=input_ids, use_cache=use_cache)
+    model.forward = {"cache": cache, "past_key_values": past_key_values, "nothing": nothing}[accepts]
+    _, found = make_facts.score_answers(model, tokenizer, PREFIX * 3, facts, batch_size=4)
+    assert found == pytest.approx(expected, rel=1e-3)
+    make_facts.score_answers(model, tokenizer, PREFIX * 3, facts, batch_size=4)
+    assert capsys.readouterr().err.count("does not go on from a cache") == (accepts == "nothing")
+    assert (True in given) == (accepts != "nothing")
+
+
+# ------------------------------------------------------------------------------------------------------- tables
 
 def test_popqa_from_a_local_folder(tmp_path):
     """PopQA's own layout: test.tsv with its columns, the aliases a JSON list in a string."""
@@ -178,9 +307,10 @@ def test_popqa_from_a_local_folder(tmp_path):
              '5\tBob\toccupation\tpoet\t25\t1\tWhat is Bob\'s occupation?\t"[""poet""]"',
              '6\tBob\toccupation\tbaker\t25\t1\tWhat is Bob\'s occupation?\t"[""baker""]"']
     (folder / "test.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    facts, dropped = make_facts.load_source(str(folder), 100, 0)
+    facts, left_out = make_facts.load_source(str(folder), 100, 0)
     by_subject = {f["subject"]: f for f in facts}
-    assert set(by_subject) == {"George Rankin", "Eve", "Ada"} and dropped == 1
+    assert set(by_subject) == {"George Rankin", "Eve", "Ada"}
+    assert left_out == {"with contradictory answers": 2, "joined to another": 1}
     assert by_subject["George Rankin"] | {"kind": ""} == {
         "relation": "occupation", "subject": "George Rankin", "question": "What is George Rankin's occupation?",
         "answers": ["politician", "pol"], "kind": ""}
@@ -188,12 +318,178 @@ def test_popqa_from_a_local_folder(tmp_path):
     assert len(make_facts.load_source(str(folder), 2, 0)[0]) == 2
 
 
-@pytest.mark.parametrize("ending", ["tsv", "csv", "jsonl", "parquet"])
-def test_local_tables(tmp_path, ending):
-    import datasets
-    rows = [{"relation": "P1", "subject": s, "object": o, "question": f"Where is {s}?"} for s, o in (("Ulm", "1"), ("Köln", "NA"))]
-    path, table = tmp_path / f"facts.{ending}", datasets.Dataset.from_list(rows)
-    {"tsv": lambda: table.to_csv(path, sep="\t"), "csv": lambda: table.to_csv(path), "jsonl": lambda: table.to_json(path),
-     "parquet": lambda: table.to_parquet(path)}[ending]()
-    facts, dropped = make_facts.load_source(str(path), 10, 0)
-    assert {(f["subject"], *f["answers"]) for f in facts} == {("Ulm", "1"), ("Köln", "NA")} and dropped == 0
+HEADER = ["relation", "subject", "object", "question"]
+ODD = ["1", "NA", "007", "null", "1e5", "2020-01-01", "TRUE", '7" single', "b'x'", "nan", "é", "１"]
+
+
+@pytest.mark.parametrize("ending", ["tsv", "csv", "jsonl"])
+def test_tables_are_read_as_they_stand(tmp_path, ending):
+    """Texts that look like something else come through unchanged; a corrected file is read anew though it looks as old."""
+    def write(path, rows):
+        separator = "\t" if ending == "tsv" else ","
+        lines = [separator.join(HEADER)] + [separator.join(f'"{cell}"'.replace('7" s', '7"" s') for cell in row) for row in rows]
+        if ending == "jsonl":
+            lines = [json.dumps(dict(zip(HEADER, row))) for row in rows]
+        path.write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+    path = tmp_path / f"facts.{ending}"
+    write(path, [["P1", text, text, f"Where is {i} {text}?"] for i, text in enumerate(ODD)])
+    for source in (path, tmp_path):
+        facts, left_out = make_facts.load_source(str(source), 99, 0)
+        assert {f["subject"] for f in facts} == set(ODD) and not left_out
+        assert all(f["answers"] == [f["subject"]] and f["question"].endswith(f" {f['subject']}?") for f in facts)
+    old = path.stat()
+    write(path, [["P1", "Ulm", "x", "Where is Ulm?"]])
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert [f["subject"] for f in make_facts.load_source(str(path), 99, 0)[0]] == ["Ulm"]
+
+
+BAD = {         # a table that is refused: its content, and what the error names
+    "five.csv": ("relation,subject,object,question\njob,Ada,Baker,What?\njob,Ada Vell,Baker,What?,checked\n", "five.csv: cannot be read (line 3"),
+    "three.tsv": ("relation\tsubject\tobject\tquestion\njob\tAda\tBaker\n", "line 2"),
+    "quote.tsv": ('relation\tsubject\tobject\tquestion\njob\t"Weird Al" Y\tx\tWho?\n', "line 2"),
+    "open.csv": ('relation,subject,object,question\njob,"Ada,x,Who?\n', "line 2"),
+    "number.jsonl": ('{"relation": "r", "subject": "s", "object": 7, "question": "q"}\n', "7 is no text"),
+    "date.jsonl": ('{"relation": "r", "subject": "s", "object": "o", "question": "q"}\n{"relation": "r", "subject": 1999, "object": "o", '
+                   '"question": "q"}\n', "date.jsonl:2"),
+    "question.jsonl": ('{"relation": "r", "subject": "s", "object": "o", "question": ["q"]}\n', "is no text"),
+    "aliases.jsonl": ('{"relation": "r", "subject": "s", "object": "o", "question": "q", "aliases": ["a", 3]}\n', "3 is no text"),
+    "aliases.csv": ('relation,subject,object,question,aliases\nr,s,o,q,"[""a"", {}]"\n', "aliases.csv:2"),
+    "aliases.tsv": ('relation\tsubject\tobject\tquestion\taliases\nr\ts\to\tq\t[a, b\n', "aliases.tsv:2"),
+    "dict.jsonl": ('{"relation": "r", "subject": "s", "object": {"a": "b"}, "question": "q"}\n', "is no text"),
+    "column.jsonl": ('{"relation": "r", "subject": "s", "question": "q"}\n', "no column object"),
+    "blank.csv": ("relation,subject,object,question\nr,,o,q\n", "no facts"), "empty.csv": ("", "no facts"),
+    "twice.csv": ("relation,subject,object,object,question\nr,s,o,p,q\n", "twice")}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_tables_that_are_refused(tmp_path, name, capsys):
+    content, named = BAD[name]
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(SystemExit):
+        make_facts.load_source(str(tmp_path / name), 99, 0)
+    said = capsys.readouterr().err
+    assert named in said and name in said and len(said.splitlines()) == 1
+
+
+def test_one_question_has_one_answer(tmp_path):
+    """A question under two relations or spellings: the same answer is joined, another is dropped; what is left out is counted."""
+    rows = [("P131", "Ulm", "Germany", "Where is Ulm?"), ("P276", "ULM", "germany.", "Where is ULM?"),
+            ("P131", "Bonn", "Germany", "Where is Bonn?"), ("P276", "Bonn", "Rhineland", "Where is Bonn?"),
+            ("P17", "St. Ives", "UK", "In which country is St. Ives?"), ("P17", "St Ives", "England", "In which country is St Ives?"),
+            ("P17", "Köln", "Germany", "In which country is Köln?"), ("P17", "K\u006f\u0308ln", "Deutschland", "In which country is Ko\u0308ln?"),
+            ("P17", "Rom", "Italy", "In which country is Rom?"), ("P17", "", "Italy", "In which country?"), ("P36", "Italy", "Rom", "Its capital?")]
+    lines = [json.dumps(dict(zip(HEADER, row)) | {"aliases": ["", None, "Bella\nItalia"]}) for row in rows]
+    lines[-1] = json.dumps(dict(zip(HEADER, rows[-1])) | {"object": ["Rom", "Roma"], "aliases": "Rome"})
+    (tmp_path / "facts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    facts, left_out = make_facts.load_source(str(tmp_path / "facts.jsonl"), 99, 0)
+    assert {f["subject"]: f["answers"] for f in facts} == {
+        "Ulm": ["Germany", "Bella", "germany."], "Bonn": ["Germany", "Bella", "Rhineland"], "St. Ives": ["UK", "Bella", "England"],
+        "Köln": ["Germany", "Bella", "Deutschland"], "Rom": ["Italy", "Bella"], "Italy": ["Rom", "Roma", "Rome"]}
+    lines = [json.dumps(dict(zip(HEADER, row))) for row in rows]
+    (tmp_path / "facts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    facts, left_out = make_facts.load_source(str(tmp_path / "facts.jsonl"), 99, 0)
+    assert {f["subject"] for f in facts} == {"Ulm", "Rom", "Italy"}
+    assert left_out == {"blank": 1, "joined to another": 1, "with contradictory answers": 6}
+
+
+@pytest.fixture
+def entity_questions(tmp_path):
+    """A folder as EntityQuestions is published: a file a relation, no subjects."""
+    folder = tmp_path / "EntityQuestions"
+    (folder / "train").mkdir(parents=True)
+    (folder / "dev").mkdir()
+    forms = {"P17": "Which country is {} located in?", "P40": "Who is {}'s child?", "P36": "What is the capital of {}?"}
+    for relation, n in (("P17", 40), ("P40", 6), ("P36", 20)):
+        rows = [{"question": forms[relation].format(f"The {i} of {relation}"), "answers": [f"answer {i}", "other"]} for i in range(n)]
+        rows[1]["question"] = forms[relation].format("Ulm in Germany's north")
+        (folder / f"train/{relation}.train.json").write_text(json.dumps(rows))
+        (folder / f"dev/{relation}.dev.json").write_text(json.dumps([{"question": "Who?", "answers": ["nobody"]}]))
+    (folder / "relation_query_templates.json").write_text(json.dumps(forms))
+    return folder
+
+
+def test_entity_questions(entity_questions, capsys):
+    facts, left_out = make_facts.load_source(str(entity_questions), 999, 0)
+    assert Counter(f["relation"] for f in facts) == {"P17": 40, "P40": 6, "P36": 20} and not left_out
+    assert {f["subject"] for f in facts if f["relation"] == "P40"} == {f"The {i} of P40" for i in (0, 2, 3, 4, 5)} | {"Ulm in Germany's north"}
+    assert facts[0]["answers"][1] == "other" and all(f["subject"] in f["question"] for f in facts)
+    facts, left_out = make_facts.load_source(str(entity_questions), 26, 0)          # evenly: six, ten, ten
+    assert Counter(f["relation"] for f in facts) == {"P17": 10, "P40": 6, "P36": 10} and left_out == {"beyond --max-facts": 40}
+    facts, left_out = make_facts.load_source(str(entity_questions), 999, 0, ["P40", "P36"])
+    assert {f["relation"] for f in facts} == {"P40", "P36"} and left_out == {"of other relations": 40}
+    one, _ = make_facts.load_source(str(entity_questions / "train/P36.train.json"), 999, 0)
+    assert len(one) == 20
+    with pytest.raises(SystemExit):
+        make_facts.load_source(str(entity_questions), 26, 0, ["P36", "P99"])
+    assert "P99" in capsys.readouterr().err
+
+
+def test_relations_that_are_hardly_known_are_left_out():
+    facts = [{"relation": relation, "category": category} for relation, categories in (("a", "HUUU"), ("b", "UUUU"), ("c", "MWUU"))
+             for category in ({"H": "HighlyKnown", "M": "MaybeKnown", "W": "WeaklyKnown", "U": "Unknown"}[c] for c in categories)]
+    assert make_facts.known_relations(facts, 0.0) == {"a", "b", "c"} and make_facts.known_relations(facts, 0.25) == {"a", "c"}
+    assert make_facts.known_relations(facts, 0.3) == {"c"} and make_facts.known_relations(facts, 0.6) == set()
+
+
+def table_of(labelled, path, more=()):
+    """A table of the small world's facts, as of real ones."""
+    rows = [[r["relation"], r["subject"], r["answers"][0], r["prompt"][3:-3]] for r in labelled]
+    path.write_text("\n".join("\t".join(row) for row in [HEADER, *rows, *more]) + "\n", encoding="utf-8")
+
+
+def test_min_known_and_relations_of_a_folder(tmp_path, world, labelled):
+    table_of(labelled, tmp_path / "facts.tsv", [["home", f"Nobody {i}", f"x{i}", f"Who is {i} of x?"] for i in range(30)])
+    words = ["--model", world / "base", "--source", "facts.tsv", "--shots", 0, "--n-new", 10, "--new", "semantic"]
+    call(tmp_path, "make_facts", *words, "--min-known", 0.3, "--out", "x")
+    meta = json.loads((tmp_path / "x/meta.json").read_text())
+    assert "home/Unknown" in meta["labelled_by_relation"] and meta["labelled_by_relation"]["home/Unknown"] == 30
+    assert {r["relation"] for name in make_facts.SETS.values() for r in rows_of(tmp_path / "x" / name)} == set(make_facts.RELATIONS)
+    call(tmp_path, "make_facts", *words, "--relations", "birthplace,language", "--out", "y")
+    assert {r["relation"] for r in rows_of(tmp_path / "y/labelled.jsonl")} == {"birthplace", "language"}
+    assert json.loads((tmp_path / "y/meta.json").read_text())["left_out"] == {"of other relations": len(labelled) // 2 + 30}
+
+
+# -------------------------------------------------------------------------------------------------------- --reuse
+
+def test_labels_and_worlds_are_reused(workplace, world, monkeypatch):
+    """A second fact folder takes world and labels from the first: other new facts, same base; nothing is asked again."""
+    monkeypatch.setattr(make_facts, "label_facts", None)
+    monkeypatch.setattr(make_facts, "pretrain", None)
+    call(workplace, "make_facts", *SMALL_WORLD, "--new", "uuid", "--reuse", "facts/tiny")
+    assert (workplace / "facts/tiny-uuid/base/model.safetensors").read_bytes() == (world / "base/model.safetensors").read_bytes()
+    assert rows_of(workplace / "facts/tiny-uuid/labelled.jsonl") == rows_of(world / "labelled.jsonl")
+    assert rows_of(workplace / "facts/tiny-uuid/heldout_known.jsonl") == rows_of(world / "heldout_known.jsonl")
+    assert {r["kind"] for r in rows_of(workplace / "facts/tiny-uuid/train_unknown.jsonl")} == {"code"}
+
+
+def test_what_is_reused_must_fit(workplace, world, labelled, monkeypatch):
+    """Labels for another seed, width, model, tokenizer, template, source or way of asking are refused, by name."""
+    for words, named in ((["--seed", 1], "facts"), (["--width", 32], "width"), (["--shots", 1], "shots"), (["--n-names", 41], "facts")):
+        before = contents(workplace)
+        assert f"its labels are for {named}" in refused(workplace, "make_facts", *SMALL_WORLD, *words, "--reuse", "facts/tiny", "--out", "x")
+        assert contents(workplace) == before
+    assert "no fact folder" in refused(workplace, "make_facts", *SMALL_WORLD, "--reuse", "facts", "--out", "x")
+    table_of(labelled, workplace / "facts.tsv")
+    shutil.copytree(world / "base", workplace / "model")
+    words = ["--model", "model", "--source", "facts.tsv", "--shots", 0, "--n-new", 10, "--new", "uuid"]
+    call(workplace, "make_facts", *words, "--out", "first")
+    call(workplace, "make_facts", *words, "--reuse", "first", "--out", "second")
+    for name in ("labelled.jsonl", "train_known.jsonl", "train_unknown.jsonl", "heldout_known.jsonl"):
+        assert (workplace / "first" / name).read_bytes() == (workplace / "second" / name).read_bytes()
+    words += ["--reuse", "first", "--out", "x"]
+    assert "dtype" in refused(workplace, "make_facts", *words, "--dtype", "bfloat16")
+    assert "facts" in refused(workplace, "make_facts", *words, "--max-facts", 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(make_facts, "PROMPT", "Question: {question}\nA:")
+        assert "template" in refused(workplace, "make_facts", *words)
+    table_of(labelled[1:], workplace / "facts.tsv")
+    assert "facts" in refused(workplace, "make_facts", *words)
+    table_of(labelled, workplace / "facts.tsv")
+    tokenizer = json.loads((workplace / "model/tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    (workplace / "model/tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "tokenizer" in refused(workplace, "make_facts", *words)
+    model = transformers.AutoModelForCausalLM.from_pretrained(world / "base")
+    model.transformer.wpe.weight.data[0] += 1
+    saved(model, transformers.AutoTokenizer.from_pretrained(world / "base"), workplace / "model")
+    assert "weights" in refused(workplace, "make_facts", *words)

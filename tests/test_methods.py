@@ -264,6 +264,7 @@ def tokenizer_of(family):
     elif family == "wordpiece-like":
         own.normalizer = normalizers.Replace(Regex(r"\s+"), " ")
         own.pre_tokenizer = pre_tokenizers.Split(Regex(" ?[A-Za-z]+| ?[^A-Za-z ]"), "isolated")
+        own.decoder = decoders.Fuse()
     else:
         pattern = r" ?[A-Za-z]+| ?[^\sA-Za-z]+[\n]*|\s" if family == "qwen" else r" ?[A-Za-z]+| ?[^\sA-Za-z]|\s"
         own.pre_tokenizer = pre_tokenizers.Sequence([
