@@ -264,12 +264,14 @@ def make_batches(lengths, needed, batch_size, context):
     longest answer fit into the context together.
     """
     batches = []
-    width, room = 0, 0
+    width = 0
+    room = 0
     for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         room = max(room, needed[i])
         if not batches or len(batches[-1]) == batch_size or width + room > context:
             batches.append([])
-            width, room = lengths[i], needed[i]
+            width = lengths[i]
+            room = needed[i]
         batches[-1].append(i)
     return batches
 
@@ -287,7 +289,8 @@ def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
 
     needed = needed or [16] * len(prompts)
     context = context_length(model)
-    newlines, stops = newline_ids(tokenizer), stop_ids(tokenizer, model)
+    newlines = newline_ids(tokenizer)
+    stops = stop_ids(tokenizer, model)
     encoded = []
     for prompt, n in zip(prompts, needed):
         ids = tokenize(tokenizer, prompt)[0]
@@ -646,16 +649,19 @@ def compare(runs):
     against the first of the runs with the same held-out facts.
     """
     table = []
-    first, settings = {}, {}
+    first = {}          # hash of held-out rows: the first of the runs that was scored on them
+    settings = {}
     for run in runs:
         same = must_match(run) | {"seed": None, "weights": None, "data": None}
         if settings.setdefault(run["group"], same) != same:
             fail(f"{run['name']}: its settings are not those of the other {run['group']}-SEED; "
                  "runs of which a mean is taken differ in the seed alone: rename it")
-        facts, metrics = run["facts"], run["metrics"]
+        facts = run["facts"]
+        metrics = run["metrics"]
         accuracy = {"Unknown learnt": metrics[-1].get("unknown"),
                     "Known trained": metrics[-1].get("known")}
-        forgetting, origins = {}, {}
+        forgetting = {}
+        origins = {}
         row = {"run": run["name"], "group": run["group"], "n": len(facts), "accuracy": accuracy,
                "forgetting": forgetting, "origins": origins}
         table.append(row)
@@ -908,8 +914,8 @@ def main(argv=None):
         if args.of:
             panels[args.of] = curves(runs, args.of, args.device)
             if not any(panels[args.of].values()):
-                note(f"--of {args.of}: nothing to show; it takes held-out facts, with kinds, and new "
-                     "ones, with subjects to share words with")
+                note(f"--of {args.of}: nothing to show; it takes held-out facts, with kinds, and "
+                     "new ones, with subjects to share words with")
         elif args.plot:
             for of in ("learnt", "kept", "plane"):
                 panels[of] = curves(runs, of, args.device)

@@ -13,8 +13,8 @@ Written to the fact folder, one JSON object a line:
     train_known.jsonl     known facts to train on           train_unknown.jsonl  new facts
     heldout_known.jsonl   known facts, never trained on     labelled.jsonl       all that were asked
 and meta.json with settings and counts. A row of them:
-    {"prompt": "Q: …\\nA:", "completion": " …\\n", "answers": […], "relation": …, "subject": …,
-     "kind": …, "category": …}
+    {"prompt": "Q: …\\nA:", "completion": " …\\n", "answers": […],
+     "relation": …, "subject": …, "kind": …, "category": …}
 
 What a model knows is measured by SLiCK (Gekhman et al. 2024, arXiv:2405.05904): each fact is
 asked with several few-shot prompts. HighlyKnown: every greedy answer is right. MaybeKnown: some
@@ -57,7 +57,7 @@ SAMPLES = 16                # of each prompt, as in SLiCK; the paper: 20
 PRETRAIN_EPOCHS = 24        # passes over the invented world's text
 CATEGORIES = ["HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown"]
 LEAST = {"heldout": 20, "known": 10, "unknown": 4}      # with fewer facts a comparison says nothing
-TABLES = [".tsv", ".csv", ".jsonl", ".json", ".parquet"]
+TABLES = [".tsv", ".csv", ".jsonl", ".parquet"]
 COLUMNS = ["relation", "subject", "object", "question"]
 POPQA = {"prop": "relation", "subj": "subject", "obj": "object", "possible_answers": "aliases"}
 
@@ -122,7 +122,8 @@ def parse(argv=None):
     # So many names and codes are surely distinct.
     at_most = {"overlap": 2, "min_known": 1, "n_names": 3000, "n_codes": 30000}
     for flag, value in vars(config).items():
-        least, most = at_least.get(flag, 0), at_most.get(flag, sys.maxsize)
+        least = at_least.get(flag, 0)
+        most = at_most.get(flag, sys.maxsize)
         if isinstance(value, (int, float)) and not least <= value <= most:
             fail(f"--{flag.replace('_', '-')} {value}: must be from {least} to {most}")
     if tiny and config.source != Config.source:
@@ -177,13 +178,16 @@ def invent_world(n_names, n_codes, seed, n_parts=80, n_objects=40):
     """
     rng = random.Random(seed)
     words = invent_words(2 * n_parts + n_objects * len(RELATIONS), rng)
-    first, last, objects = words[:n_parts], words[n_parts:2 * n_parts], words[2 * n_parts:]
+    first = words[:n_parts]
+    last = words[n_parts:2 * n_parts]
+    objects = words[2 * n_parts:]
     kinds = {}                                 # subject: its kind
     while len(kinds) < n_names:
         kinds[f"{rng.choice(first)} {rng.choice(last)}"] = "name"
     while len(kinds) < n_names + n_codes:
         kinds[invent_code(rng)] = "code"
-    facts, text = [], []
+    facts = []
+    text = []
     for subject, kind in kinds.items():
         asked = rng.random() < 0.75
         for i, relation in enumerate(RELATIONS):
@@ -244,8 +248,10 @@ def pretrain(text, width, seed, device, batch_size=64, peak=2e-3):
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
-    ids, rng = tokenizer(text)["input_ids"], random.Random(seed)
-    step, total = 0, PRETRAIN_EPOCHS * math.ceil(len(ids) / batch_size)
+    ids = tokenizer(text)["input_ids"]
+    rng = random.Random(seed)
+    step = 0
+    total = PRETRAIN_EPOCHS * math.ceil(len(ids) / batch_size)
     with tqdm(total=total, desc="pretraining the invented world", disable=None) as bar:
         for _ in range(PRETRAIN_EPOCHS):
             for targets in make_epoch(ids, batch_size, rng):
@@ -313,15 +319,15 @@ def read_entity_questions(path):
 
 
 def find_tables(source):
-    """The tables of a file, a folder or a hub data set (list of paths), of EntityQuestions' train/."""
+    """Paths of the tables of a file, a folder or a hub data set; EntityQuestions: of train/."""
     path = Path(source)
     if not path.exists():
         from huggingface_hub import snapshot_download
-        patterns = [f"*{ending}" for ending in TABLES]
+        patterns = [f"*{ending}" for ending in TABLES + [".train.json"]]
         path = Path(snapshot_download(source, repo_type="dataset", allow_patterns=patterns))
     if path.is_file():
         return [path]
-    tables = sorted(path.glob("train/*.train.json"))
+    tables = sorted(path.rglob("*.train.json"))
     return tables or sorted(file for file in path.rglob("*") if file.suffix in TABLES)
 
 
@@ -360,7 +366,9 @@ def load_source(source, max_facts, seed, relations=None):
     max_facts are drawn by `seed`, as evenly from the relations (of `relations`, a list) as there
     are facts. Ends the program at a row that cannot be read, by file and line.
     """
-    questions, left_out, names = defaultdict(list), Counter(), set()
+    questions = defaultdict(list)
+    left_out = Counter()
+    names = set()
     place = source
     try:
         for path in find_tables(source):
@@ -393,7 +401,8 @@ def load_source(source, max_facts, seed, relations=None):
         else:
             left_out["with contradictory answers"] += len(rows)
     random.Random(seed).shuffle(facts)
-    seen, ranked = Counter(), []
+    seen = Counter()
+    ranked = []
     for fact in facts:
         ranked.append((seen[fact["relation"]], len(ranked), fact))
         seen[fact["relation"]] += 1
@@ -415,7 +424,7 @@ def to_row(fact):
 
 
 def continue_from(model, cache, ids):
-    """Logits (B, T, V) of token ids (B, T) that continue a prefix; cache: {} or of `read_prefix`."""
+    """Logits (B, T, V) of token ids (B, T) behind a prefix; cache: of `read_prefix`, or {}."""
     past = copy.deepcopy(cache)
     for layers in past.values():
         layers.batch_repeat_interleave(len(ids))
@@ -477,29 +486,35 @@ def score_answers(model, tokenizer, prefix, facts, batch_size=64, bar=None):
     import torch
     from torch.nn.utils.rnn import pad_sequence
     newlines = newline_ids(tokenizer)
-    # The tokens that end an answer and add nothing to it but punctuation.
-    stops = [token for token in stop_ids(tokenizer, model)
-             if normalize(f"x{newlines.get(token, '')}") == "x"]
+    stops = []          # the tokens that end an answer and add nothing to it but punctuation
+    for token in stop_ids(tokenizer, model):
+        if normalize(f"x{newlines.get(token, '')}") == "x":
+            stops.append(token)
     ways = set()
     for i, fact in enumerate(facts):
         for answer in fact["answers"]:
             for way in spell(tokenizer, stops, prefix + to_row(fact)["prompt"], answer):
                 ways.add((len(way[0] + way[1]), i, *way))
+    greedy = [False] * len(facts)
+    probability = [0.0] * len(facts)
     ways = sorted(ways)                 # by length
-    if ways and ways[-1][0] > context_length(model):
+    if not ways:
+        return greedy, probability
+    if ways[-1][0] > context_length(model):
         fail(f"a question behind its few-shot prompt has {ways[-1][0]} tokens, more than the model "
              f"reads, {context_length(model)}; lower --shots")
-    greedy, probability = [False] * len(facts), [0.0] * len(facts)
     with torch.no_grad():
-        questions = [question for _, _, question, _, _ in ways]
-        shared = len(os.path.commonprefix(questions))
-        shared = min([shared, *(len(question) - 1 for question in questions)])
-        cache = read_prefix(model, questions[0][:shared], questions[0][shared:]) if ways else {}
+        # All but the last token, whose logits are those of the answer's first.
+        shared = len(os.path.commonprefix([question[:-1] for _, _, question, _, _ in ways]))
+        example = ways[0][2]
+        cache = read_prefix(model, example[:shared], example[shared:])
         if not cache:
             shared = 0
         for start in range(0, len(ways), batch_size):
             batch = ways[start:start + batch_size]
-            rows = [torch.tensor((*question[shared:], *answer)) for _, _, question, answer, _ in batch]
+            rows = []
+            for _, _, question, answer, _ in batch:
+                rows.append(torch.tensor(question[shared:] + answer))
             # Padded on the right, where nothing of a causal model looks at it.
             ids = pad_sequence(rows, batch_first=True).to(model.device)
             logits = continue_from(model, cache, ids)                           # (B, T, V)
@@ -523,8 +538,8 @@ def slick_category(greedy, probability):
     """SLiCK category (Gekhman et al. 2024, table 1) of a fact, from `greedy` and `probability`.
 
     Both are lists, a prompt an entry. WeaklyKnown, there "some sample is right", is here: the
-    probability that any of SAMPLES draws a prompt is right, 1 − Π(1 − p)^SAMPLES, is at least one
-    half. Without the noise of sampling a second labelling gives the same.
+    probability that any of SAMPLES draws a prompt is right, 1 − Π (1 − p)^SAMPLES, is ≥ ½. Without
+    the noise of sampling a second labelling gives the same.
     """
     if all(greedy):
         return "HighlyKnown"
@@ -535,7 +550,7 @@ def slick_category(greedy, probability):
 
 
 def label_facts(model, tokenizer, facts, config):
-    """Copies of `facts` with their SLiCK `category`; the exemplars of few-shot prompts are left out.
+    """Copies of `facts` with their SLiCK `category`; the exemplars of the prompts are left out.
 
     For each relation --prompts prompts are drawn, of --shots facts of that relation each
     (original: 10 of 4), from a tenth of its facts (at least --shots) set aside for this. With 0
@@ -578,7 +593,8 @@ def recombine(names, rng, overlap=2, real_words=frozenset()):
     Of the two halves `overlap` are real; in place of the others stand invented words that are not
     in `real_words`, a set.
     """
-    a, b = rng.choice(names).split(), rng.choice(names).split()
+    a = rng.choice(names).split()
+    b = rng.choice(names).split()
     halves = [a[:math.ceil(len(a) / 2)], b[len(b) // 2:]]
     for i in rng.sample(range(2), 2 - overlap):
         while not real_words.isdisjoint(halves[i]):
@@ -587,7 +603,7 @@ def recombine(names, rng, overlap=2, real_words=frozenset()):
 
 
 def invent_facts(facts, config, rng):
-    """--n-new facts (or a few more) of entities that do not exist, "semantic" names or "uuid" codes.
+    """--n-new facts (or a few more) of entities that do not exist, with semantic or uuid names.
 
     An invented entity is asked what a random real one is asked, and its answers are drawn evenly
     from the objects of each relation: Unknown by construction. Ends the program when no question
@@ -597,9 +613,11 @@ def invent_facts(facts, config, rng):
     asked = defaultdict(dict)           # subject: its relations, of all facts
     objects = defaultdict(dict)         # relation: its objects; dicts, since they keep the order
     forms = defaultdict(Counter)        # relation: its questions with {} for the subject
-    named, words = set(), set()
+    named = set()
+    words = set()
     for fact in facts:
-        subject, relation = fact["subject"], fact["relation"]
+        subject = fact["subject"]
+        relation = fact["relation"]
         asked[subject][relation] = True
         objects[relation][fact["answers"][0]] = True
         words.update(subject.split(), *(answer.split() for answer in fact["answers"]))
@@ -607,7 +625,7 @@ def invent_facts(facts, config, rng):
             named.add(subject)
         if subject in fact["question"]:
             forms[relation][fact["question"].replace(subject, "{}")] += 1
-    siblings = defaultdict(list)        # a name is recombined within its relation: a book with a book
+    siblings = defaultdict(list)        # a name is recombined with others of its relation
     parents = []
     for subject, relations in asked.items():
         if forms.keys() >= relations.keys() and (subject in named or not semantic):
@@ -616,7 +634,8 @@ def invent_facts(facts, config, rng):
     if not parents:
         fail(f"--new {config.new}: no question contains its subject, so none can be asked of an "
              "invented one; use --new unknown")
-    new, taken = [], set(map(normalize, asked))
+    new = []
+    taken = set(map(normalize, asked))
     for _ in range(20 * config.n_new + 1000):
         if len(new) >= config.n_new:
             return new
@@ -644,9 +663,11 @@ def cap_objects(facts):
 
     In real relations one object often dominates: knowing it would pass for knowing the facts."""
     sizes = Counter(fact["relation"] for fact in facts)
-    seen, kept = Counter(), []
+    seen = Counter()
+    kept = []
     for fact in facts:
-        relation, answer = fact["relation"], normalize(fact["answers"][0])
+        relation = fact["relation"]
+        answer = normalize(fact["answers"][0])
         if seen[relation, answer] < max(1, sizes[relation] // 5):
             seen[relation, answer] += 1
             kept.append(fact)
@@ -691,15 +712,6 @@ def split_facts(facts, labelled, config, rng):
     return sets
 
 
-def known_relations(labelled, least):
-    """The relations of which at least the share `least` is known, that is, not Unknown (set)."""
-    counts, unknown = Counter(), Counter()
-    for fact in labelled:
-        counts[fact["relation"]] += 1
-        unknown[fact["relation"]] += fact["category"] == "Unknown"
-    return {name for name, n in counts.items() if n - unknown[name] >= least * n}
-
-
 # ----------------------------------------------------------------------------------- the program
 
 def digest(thing):
@@ -707,24 +719,24 @@ def digest(thing):
     return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def what_labels_depend_on(model, tokenizer, facts, config):
-    """{what: value}, for meta.json: with another value of one of these, facts must be asked anew."""
+def label_settings(model, tokenizer, facts, config):
+    """{what: value} of all that labels depend on: where one differs, facts must be asked anew."""
     encoded = []
     for fact in facts:
         row = to_row(fact)
         encoded.append(tokenize(tokenizer, row["prompt"], row["completion"]))
-    tiny = config.model == "tiny"
-    return {"weights": weights_hash(model), "facts": digest(facts), "template": PROMPT,
-            "tokenizer": digest([encoded, stop_ids(tokenizer, model)]), "seed": config.seed,
-            "width": config.width if tiny else None, "shots": config.shots, "samples": SAMPLES,
-            "prompts": config.prompts if config.shots else 1, "dtype": config.dtype,
-            "temperature": TEMPERATURE}
+    settings = {}
+    for name in ("width", "prompts", "shots", "seed", "dtype"):
+        settings[name] = getattr(config, name)
+    return settings | {"weights": weights_hash(model), "facts": digest(facts), "template": PROMPT,
+                       "tokenizer": digest([encoded, stop_ids(tokenizer, model)]),
+                       "samples": SAMPLES, "temperature": TEMPERATURE}
 
 
 def reuse_labels(folder, facts, wanted):
     """`facts` with the categories that they have in the fact folder `folder`, refused if others.
 
-    wanted: of `what_labels_depend_on`."""
+    wanted: of `label_settings`."""
     made = json.loads((Path(folder) / "meta.json").read_text("utf-8")).get("labels", {})
     for what, value in wanted.items():
         if made.get(what) != value:
@@ -734,31 +746,16 @@ def reuse_labels(folder, facts, wanted):
     return [by_prompt[row["prompt"]] | {"category": row["category"]} for row in rows]
 
 
-def count(rows, *keys):
-    """How many rows there are of each value of `keys`: {"value/value": n}."""
-    names = ["/".join(row[key] for key in keys) for row in rows]
-    return dict(sorted(Counter(names).items()))
-
-
-def describe(sets, labelled, left_out, config):
-    """What meta.json says beside what the labels depend on (dict)."""
-    majority = 0
-    for relation in {fact["relation"] for fact in sets["heldout"]}:
-        answers = [f["answers"][0] for f in sets["heldout"] if f["relation"] == relation]
-        majority += max(Counter(answers).values())
-    meta = {name: getattr(config, name) for name in (
-        "model", "source", "relations", "min_known", "new", "n_new", "n_known", "overlap")}
-    meta |= {"left_out": left_out, "labelled": count(labelled, "category"),
-             "labelled_by_relation": count(labelled, "relation", "category"),
-             "majority_answer_accuracy": majority / len(sets["heldout"])}
-    for key, rows in sets.items():
-        meta[SETS[key]] = {"facts": len(rows), "by_relation": count(rows, "relation"),
-                           "by_kind": count(rows, "kind")}
-    return meta
+def majority_accuracy(facts):
+    """The accuracy of always giving the commonest answer of the relation, 0..1."""
+    answers = defaultdict(Counter)
+    for fact in facts:
+        answers[fact["relation"]][fact["answers"][0]] += 1
+    return sum(max(counts.values()) for counts in answers.values()) / len(facts)
 
 
 def make(config, folder):
-    """Make the fact folder that `config` (of `parse`) describes, in `folder`; returns its meta."""
+    """Make the fact folder that `config` (of `parse`) describes, in `folder`, an empty one."""
     import torch
     import transformers
     device = find_device(config.device)
@@ -779,26 +776,34 @@ def make(config, folder):
     else:
         relations = config.relations.split(",") if config.relations else None
         facts, left_out = load_source(config.source, config.max_facts, config.seed, relations)
-        print(f"{len(facts)} facts; rows left out: {dict(left_out)}")
     model, tokenizer = load_model(start, device)
-    labels = what_labels_depend_on(model, tokenizer, facts, config)
+    settings = label_settings(model, tokenizer, facts, config)
     if config.reuse:
-        labelled = reuse_labels(config.reuse, facts, labels)
+        labelled = reuse_labels(config.reuse, facts, settings)
     else:
         with torch.autocast(device.type, getattr(torch, config.dtype),
                             enabled=config.dtype != "float32"):
             labelled = label_facts(model, tokenizer, facts, config)
-    kept = known_relations(labelled, config.min_known)
+    counts = defaultdict(Counter)
+    for fact in labelled:
+        counts[fact["relation"]][fact["category"]] += 1
+    kept = set()
+    for relation, n in counts.items():      # known is what is not Unknown
+        if n["Unknown"] <= (1 - config.min_known) * n.total():
+            kept.add(relation)
     asked = [fact for fact in labelled if fact["relation"] in kept]
     facts = [fact for fact in facts if fact["relation"] in kept]
     sets = split_facts(facts, asked, config, random.Random(config.seed))
-    meta = describe(sets, labelled, left_out, config)
-    meta |= {"weights": labels["weights"], "labels": labels}
+    meta = vars(config) | {"weights": settings["weights"], "labels": settings, "labelled": counts,
+                           "left_out": left_out, "relations_kept": sorted(kept),
+                           "sets": {key: len(rows) for key, rows in sets.items()},
+                           "majority_answer_accuracy": majority_accuracy(sets["heldout"])}
     for key, rows in sets.items():
         write_jsonl(folder / SETS[key], [to_row(fact) for fact in rows])
     write_jsonl(folder / "labelled.jsonl", [to_row(fact) for fact in labelled])
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    return meta
+    print(f"labelled: {dict(sum(counts.values(), Counter()))}; rows left out: {dict(left_out)}")
+    print(f"{meta['sets']}; always the commonest answer: {meta['majority_answer_accuracy']:.3f}")
 
 
 def find_files(config):
@@ -828,17 +833,13 @@ def main(argv=None):
     except OSError as error:
         fail(f"--out {out}: cannot be made ({error.strerror})")
     try:
-        meta = make(config, temporary)
+        make(config, temporary)
         shutil.rmtree(out, ignore_errors=True)
         os.replace(temporary, out)
     except (OSError, SafetensorError) as error:
         fail(f"{error}")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"labelled: {meta['labelled']}")
-    for file in SETS.values():
-        print(f"{out / file}: {meta[file]['facts']} facts {meta[file]['by_kind']}")
-    print(f"majority answer: {meta['majority_answer_accuracy']:.3f} of the held-out facts")
     return out
 
 

@@ -94,15 +94,17 @@ def hub_cache(folder, repository, source):
 def test_hub_name_from_the_cache(workplace, world, monkeypatch):
     """`--model gpt2-medium` is resolved by name from a cache, with no network, facts included (PopQA's layout)."""
     monkeypatch.setenv("HF_HOME", str(hub_cache(workplace / "cache", "gpt2-medium", world / "base")))
-    popqa = workplace / "akariasai" / "PopQA"
-    popqa.mkdir(parents=True)
+    popqa = workplace / "cache/hub/datasets--akariasai--PopQA"
+    (popqa / "refs").mkdir(parents=True)
+    (popqa / "refs/main").write_text("0123abcd")
+    (popqa / "snapshots/0123abcd").mkdir(parents=True)
     header = "id\tsubj\tprop\tobj\tquestion\tpossible_answers"
     lines = [f'{i}\t{r["subject"]}\t{r["relation"]}\t{r["answers"][0]}\t{r["prompt"][3:-3]}\t"[""{r["answers"][0]}""]"'
              for i, r in enumerate(rows_of(world / "labelled.jsonl"))]
-    (popqa / "test.tsv").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+    (popqa / "snapshots/0123abcd/test.tsv").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
     run(workplace, "make_facts.py", "--model", "gpt2-medium", "--shots", 0, "--new", "uuid", "--n-new", 10, "--out", "facts/gpt2-medium")
     meta = json.loads((workplace / "facts/gpt2-medium/meta.json").read_text())
-    assert meta["source"] == "akariasai/PopQA" and meta["labelled"]["HighlyKnown"] > 100
+    assert meta["source"] == "akariasai/PopQA" and meta["labelled"]["language"]["HighlyKnown"] > 25
     codes = [r["subject"] for r in rows_of(workplace / "facts/gpt2-medium/train_unknown.jsonl")]
     assert all(re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", c) for c in codes)
     done = run(workplace, "sft_selfdistill.py", "--model", "gpt2-medium", "--epochs", 1)

@@ -114,7 +114,8 @@ def test_world_is_known_and_split_is_clean(world, labelled):
     held = {row["subject"] for row in sets["heldout"]}
     assert not held & {row["subject"] for key in ("known", "unknown") for row in sets[key]}
     assert {row["kind"] for row in sets["heldout"]} == {"name", "code"}
-    assert meta["labelled"]["HighlyKnown"] > 0.9 * len(labelled)
+    assert sum(counts["HighlyKnown"] for counts in meta["labelled"].values()) > 0.9 * len(labelled)
+    assert meta["sets"] == {key: len(rows) for key, rows in sets.items()}
     assert set(sets["heldout"][0]) == {"prompt", "completion", "answers", "relation", "subject", "kind", "category"}
     assert all(row["completion"] == f" {row['answers'][0]}\n" for rows in sets.values() for row in rows)
 
@@ -424,17 +425,28 @@ def test_entity_questions(entity_questions, capsys):
     assert "P99" in capsys.readouterr().err
 
 
-def test_relations_that_are_hardly_known_are_left_out():
-    facts = [{"relation": relation, "category": category} for relation, categories in (("a", "HUUU"), ("b", "UUUU"), ("c", "MWUU"))
-             for category in ({"H": "HighlyKnown", "M": "MaybeKnown", "W": "WeaklyKnown", "U": "Unknown"}[c] for c in categories)]
-    assert make_facts.known_relations(facts, 0.0) == {"a", "b", "c"} and make_facts.known_relations(facts, 0.25) == {"a", "c"}
-    assert make_facts.known_relations(facts, 0.3) == {"c"} and make_facts.known_relations(facts, 0.6) == set()
-
-
 def table_of(labelled, path, more=()):
     """A table of the small world's facts, as of real ones."""
     rows = [[r["relation"], r["subject"], r["answers"][0], r["prompt"][3:-3]] for r in labelled]
     path.write_text("\n".join("\t".join(row) for row in [HEADER, *rows, *more]) + "\n", encoding="utf-8")
+
+
+def test_what_counts_as_known_for_min_known(tmp_path, world, labelled, monkeypatch):
+    """A relation is known as far as its facts are HighlyKnown, MaybeKnown or WeaklyKnown; 3 of 10 suffice for 0.3."""
+    def label(model, tokenizer, facts, settings):
+        seen = Counter()
+        for fact in facts:
+            seen[fact["relation"]] += 1
+            known = seen[fact["relation"]] % 10 < (3 if fact["relation"] != "language" else 2)
+            fact["category"] = ["HighlyKnown", "WeaklyKnown"][fact["relation"] == "employer"] if known else "Unknown"
+        return facts
+    monkeypatch.setattr(make_facts, "label_facts", label)
+    rows = [[relation, f"{subject} {relation}", str(i % 7), f"What is the {relation} of {subject} {relation}?"]
+            for i, subject in enumerate(f"s{i}" for i in range(200)) for relation in ("birthplace", "employer", "language")]
+    table_of([], tmp_path / "facts.tsv", rows)
+    words = ["--model", world / "base", "--source", "facts.tsv", "--n-new", 10, "--out", "x"]
+    call(tmp_path, "make_facts", *words, "--min-known", 0.3)
+    assert json.loads((tmp_path / "x/meta.json").read_text())["relations_kept"] == ["birthplace", "employer"]
 
 
 def test_min_known_and_relations_of_a_folder(tmp_path, world, labelled):
@@ -442,8 +454,9 @@ def test_min_known_and_relations_of_a_folder(tmp_path, world, labelled):
     words = ["--model", world / "base", "--source", "facts.tsv", "--shots", 0, "--n-new", 10, "--new", "semantic"]
     call(tmp_path, "make_facts", *words, "--min-known", 0.3, "--out", "x")
     meta = json.loads((tmp_path / "x/meta.json").read_text())
-    assert "home/Unknown" in meta["labelled_by_relation"] and meta["labelled_by_relation"]["home/Unknown"] == 30
+    assert meta["labelled"]["home"] == {"Unknown": 30} and meta["relations_kept"] == sorted(make_facts.RELATIONS)
     assert {r["relation"] for name in make_facts.SETS.values() for r in rows_of(tmp_path / "x" / name)} == set(make_facts.RELATIONS)
+    assert 0.02 < meta["majority_answer_accuracy"] < 0.5
     call(tmp_path, "make_facts", *words, "--relations", "birthplace,language", "--out", "y")
     assert {r["relation"] for r in rows_of(tmp_path / "y/labelled.jsonl")} == {"birthplace", "language"}
     assert json.loads((tmp_path / "y/meta.json").read_text())["left_out"] == {"of other relations": len(labelled) // 2 + 30}
@@ -464,7 +477,7 @@ def test_labels_and_worlds_are_reused(workplace, world, monkeypatch):
 
 def test_what_is_reused_must_fit(workplace, world, labelled, monkeypatch):
     """Labels for another seed, width, model, tokenizer, template, source or way of asking are refused, by name."""
-    for words, named in ((["--seed", 1], "facts"), (["--width", 32], "width"), (["--shots", 1], "shots"), (["--n-names", 41], "facts")):
+    for words, named in ((["--seed", 1], "seed"), (["--width", 32], "width"), (["--shots", 1], "shots"), (["--n-names", 41], "facts")):
         before = contents(workplace)
         assert f"its labels are for {named}" in refused(workplace, "make_facts", *SMALL_WORLD, *words, "--reuse", "facts/tiny", "--out", "x")
         assert contents(workplace) == before
