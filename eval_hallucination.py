@@ -42,11 +42,11 @@ SETS = {"unknown": "train_unknown.jsonl", "known": "train_known.jsonl",
 # Where a new wrong answer comes from: the first of these that holds.
 ORIGINS = ["a new fact, name shared", "another new fact", "another fact", "no fact"]
 LEARNT = [0.25, 0.5, 0.95]      # shares of new facts learnt at which forgetting is compared
-# What --of shows: the columns of rows that are x and y, and what these are called.
+# What --of shows: the columns of a run's rows that are x and y, and the names of the axes.
 AXES = {
     "learnt": ("epoch", "unknown", "epoch of stage 2", "new facts learnt, %"),
     "kept": ("epoch", "heldout", "epoch of stage 2", "known facts, held out, %"),
-    "plane": ("unknown", "heldout", "new facts learnt", "known facts, held out, %"),
+    "plane": ("learnt", "heldout", "new facts learnt, %", "known facts, held out, %"),
     "number": ("number", "lost", "new facts trained on", "forgetting, points"),
     "width": ("width", "lost", "width of the model", "forgetting, points"),
     "kind": ("kind", "lost", "kind of held-out facts", "forgetting, points"),
@@ -56,7 +56,7 @@ AXES = {
     "drift": ("layer", "drift", "layer, 0 = embeddings", "drift, %"),
     "drift-groups": ("words shared", "drift", "words shared with new names", "drift, %"),
     "drift-epochs": ("epoch", "drift", "epoch of stage 2", "drift at half depth, %")}
-# With --resume a run may go on with other values of these settings.
+# Settings that --resume may change, and in which the runs of a mean may differ.
 MAY_CHANGE = ["model", "facts", "train", "known", "heldout", "out", "overwrite", "resume",
               "device", "eval_every", "save_every_epoch", "batch_size", "accumulate"]
 
@@ -96,7 +96,8 @@ def check_row(row, needed):
     for key in ("prompt", "completion", "subject", "relation", "kind"):
         if not isinstance(row.get(key), (str, type(None))):
             raise ValueError(f"{key} {row[key]!r} is no text")
-    if not texts(row.get("answers")) and "completion" in needed and not row["completion"].strip():
+    answers = texts(row.get("answers"))                 # raises it too
+    if "completion" in needed and not answers and not row["completion"].strip():
         raise ValueError("no answer")
     json.dumps(row, ensure_ascii=False).encode()        # half of a character cannot be written
 
@@ -153,14 +154,14 @@ def exact_match(answer, accepted):
 def accepted_answers(row, tokenizer=None):
     """The answers that count as right for a row (list of str): `answers`, or else its completion.
 
-    As from what a model says, special tokens and what follows the first line are taken away.
+    Special tokens are taken away, as they are from what a model says.
     """
     accepted = []
     for text in texts(row.get("answers")) or [row["completion"]]:
         if tokenizer is not None:
             for token in special_tokens(tokenizer):
                 text = text.replace(token, "")
-        accepted.append(text.strip().split("\n")[0])
+        accepted.append(text)
     return texts(accepted)
 
 
@@ -186,11 +187,13 @@ def newline_ids(tokenizer):
 
 def stop_ids(tokenizer, model=None):
     """Ids of the tokens that end an answer: with a newline in them, or EOS. Sorted list of int."""
-    ids = {*newline_ids(tokenizer), tokenizer.eos_token_id}
+    ids = {*newline_ids(tokenizer), tokenizer.eos_token_id} - {None}
     if model is not None:
         declared = model.generation_config.eos_token_id     # None, one id or a list
         ids.update(declared if isinstance(declared, list) else [declared])
-    return sorted(ids - {None})
+        size = model.get_input_embeddings().weight.shape[0]
+        ids = {token for token in ids if token is not None and token < size}
+    return sorted(ids)
 
 
 def tokenize(tokenizer, prompt, completion=""):
@@ -250,6 +253,8 @@ def ignores_padding(model, ids):
                         output_logits=True, return_dict_in_generate=True)
                 logits.append(output.logits[0])
             model.ignores_padding = alike(logits[1], logits[0])
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, TypeError, IndexError):   # or it cannot be padded at all
             model.ignores_padding = False
         if not model.ignores_padding:
@@ -260,8 +265,8 @@ def ignores_padding(model, ids):
 def make_batches(lengths, needed, batch_size, context):
     """Indices of prompts in batches (list of lists), longest first: what needs most memory.
 
-    No row of a batch takes the room that another's answer needs: the longest prompt and the
-    longest answer fit into the context together.
+    The longest prompt of a batch and the longest answer that one of its rows needs fit into the
+    context together, so that no row is cut for another's sake.
     """
     batches = []
     width = 0
@@ -276,12 +281,27 @@ def make_batches(lengths, needed, batch_size, context):
     return batches
 
 
+def encode(tokenizer, prompts, needed, context):
+    """Token ids of prompts (list of lists), less the beginning of those that leave no room.
+
+    needed: tokens of the context that each must leave free, for its answer."""
+    encoded = []
+    for prompt, n in zip(prompts, needed):
+        ids = tokenize(tokenizer, prompt)[0]
+        if len(ids) + n > context:
+            note(f"only the end of {prompt[:40]!r}, of {len(ids)} tokens, is read")
+            ids = ids[-max(1, context - n):]
+        encoded.append(ids)
+    return encoded
+
+
 def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
     """Greedy answers to `prompts` (list of str), each up to its first newline or EOS: list of str.
 
-    needed: tokens that each answer may need (list of int, default 16). A prompt that does not
-    leave them free in the model's context loses its beginning, with a note. Prompts are padded
-    on the left; `generate` makes the positions from the mask, so that nothing is shifted.
+    needed: tokens that each answer may need (list of int, default 16); all may be as long as the
+    longest of them, and one that has no end by then is marked "[cut off]". A prompt that does
+    not leave its tokens free in the model's context loses its beginning, with a note. Prompts
+    are padded on the left; `generate` makes the positions from the mask, so nothing is shifted.
     """
     import torch
     from tqdm import tqdm
@@ -291,19 +311,15 @@ def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
     context = context_length(model)
     newlines = newline_ids(tokenizer)
     stops = stop_ids(tokenizer, model)
-    encoded = []
-    for prompt, n in zip(prompts, needed):
-        ids = tokenize(tokenizer, prompt)[0]
-        if len(ids) + n > context:
-            note(f"only the end of {prompt[:40]!r}, of {len(ids)} tokens, is read")
-            ids = ids[-max(1, context - n):]
-        encoded.append(ids)
+    encoded = encode(tokenizer, prompts, needed, context)
     lengths = [len(ids) for ids in encoded]
     if encoded and not ignores_padding(model, min(encoded, key=len)):
         batch_size = 1
     # The checkpoint's own settings may sample or penalise repetition, and generate() takes from
     # them what its argument leaves open: so the model gets these for the time being.
     own = model.generation_config
+    training = model.training
+    model.eval()
     answers = [""] * len(prompts)
     bar = tqdm(total=len(prompts), desc="answering", unit="fact", leave=False, disable=None)
     try:
@@ -328,9 +344,12 @@ def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
                 text = tokenizer.decode(tokens[:end], skip_special_tokens=True,
                                         clean_up_tokenization_spaces=False)
                 answers[i] = text.split("\n")[0].strip()
+                if end == len(tokens) and tokens[-1] not in stops:
+                    answers[i] += " [cut off]"      # "Paris. The" is not yet "Paris."
             bar.update(len(rows))
     finally:
         model.generation_config = own
+        model.train(training)
         bar.close()
     return answers
 
@@ -339,18 +358,19 @@ def evaluate(model, tokenizer, rows, batch_size=64):
     """Score `model` on `rows` by greedy decoding and exact match.
 
     rows: dicts with `prompt` and `answers` (a text or a list) or else `completion`. Returns
-    {"accuracy": 0..1, None without rows, "answers": list of str, "right": list of bool}. The
-    model, in eval mode, answers in whatever precision the caller's autocast sets. Raises
-    ValueError where answers are no texts.
+    {"accuracy": 0..1, None without rows, "answers": list of str, "right": list of bool,
+    "accepted": lists of str, a row each}. The model answers in eval mode, in whatever precision
+    the caller's autocast sets. Raises ValueError where answers are no texts.
     """
     accepted = [accepted_answers(row, tokenizer) for row in rows]
     needed = []
     for answers in accepted:
-        needed.append(2 + max(len(tokenizer(f" {answer}")["input_ids"]) for answer in answers))
+        lengths = [len(tokenizer(f" {answer}")["input_ids"]) for answer in answers]
+        needed.append(max(lengths, default=0) + 2)
     answers = generate_answers(model, tokenizer, [r["prompt"] for r in rows], needed, batch_size)
-    right = [exact_match(answer, texts) for answer, texts in zip(answers, accepted)]
+    right = [exact_match(*pair) for pair in zip(answers, accepted)]
     accuracy = sum(right) / len(right) if rows else None
-    return {"accuracy": accuracy, "answers": answers, "right": right}
+    return {"accuracy": accuracy, "answers": answers, "right": right, "accepted": accepted}
 
 
 # ------------------------------------------------------------------------------------- a model
@@ -379,24 +399,30 @@ def load_model(name, device="cpu"):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = find_device(device)
+    part = "its weights"
     try:
         # False: a model's own code is not run, nor is the user asked whether to.
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
+        part = "its tokenizer"
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model = model.to(device).eval()
         fault = find_fault(model, tokenizer, report["missing_keys"])
     except torch.OutOfMemoryError:
         raise                   # no fault of the model's
     except Exception as error:  # the library raises many kinds: no file, bad config, no network
-        fault = (str(error).strip() or repr(error)).splitlines()[0]
+        fault = f"{part}: {(str(error).strip() or repr(error)).splitlines()[0]}"
     if fault:
         fail(f"--model {name}: cannot be used ({fault}); give a local folder with config.json, "
              "model.safetensors and tokenizer, or the name of a model on the hub, with a network, "
              "and with HF_TOKEN set if it is gated")
     if type(model.config) is not type(config) or report["unexpected_keys"]:
         note(f"{name}: what is not part of its language model is neither used nor saved")
+    if not model.generation_config.do_sample:
+        # Settings of sampling, which some checkpoints have beside, could not be saved again.
+        for setting in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+            setattr(model.generation_config, setting, None)
     return model, tokenizer
 
 
@@ -407,7 +433,7 @@ def find_fault(model, tokenizer, missing):
     if missing:
         return f"weights are missing: {min(missing)}"
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        return "there is no tokenizer"
+        return "its tokenizer: there is none"
     if len(tokenizer) > size:
         return f"its tokenizer has {len(tokenizer)} tokens, the model {size}"
     before = torch.stack([weights.sum() for weights in model.parameters()])
@@ -434,7 +460,7 @@ def weights_hash(model):
 
 
 def check_run(model, name, files, sets, run):
-    """Refuse data with which a run would measure something else than it says.
+    """Refuse data with which a run would measure something other than it says.
 
     model: what training starts from, of the path or hub name `name`; files: {set: path or None};
     sets: {set: list of examples}; run: {"method", "config"}, as in the sft_*.py scripts. Refused
@@ -447,7 +473,8 @@ def check_run(model, name, files, sets, run):
     out = Path(run["config"]["out"])
     weights = weights_hash(model)
     start = os.path.relpath(name, out) if Path(name).exists() else name
-    more = {"weights": weights, "start": start, "number": len(sets["unknown"]),
+    new = [] if run["config"]["no_unknown"] else sets["unknown"]
+    more = {"weights": weights, "start": start, "number": len(new),
             "width": model.config.get_text_config().hidden_size, "data": {},
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
     for folder in {Path(path).parent for path in files.values() if path is not None}:
@@ -490,7 +517,7 @@ def must_match(run):
 
 def check_weights(folder, weights, name):
     """Refuse the fact folder `folder`, if it is one, made for other than these weights (hash)."""
-    if not (folder / "meta.json").is_file():
+    if not (folder / "labelled.jsonl").is_file():
         return
     labelled = json.loads((folder / "meta.json").read_text("utf-8")).get("weights")
     if labelled == weights:
@@ -533,23 +560,26 @@ def write_answers(folder, sets, before, after):
     """
     new_words = set()
     taught = defaultdict(set)       # (relation, answer) of new facts: words of their subjects
-    stated = defaultdict(Counter)   # relation: answers of all facts
+    stated = set()                  # (relation, answer) of all facts
+    drawn = defaultdict(Counter)    # relation: the first answers of its facts
     for key, examples in sets.items():
-        for example in examples:
+        for i, example in enumerate(examples):
             row = example["row"]
             relation = row.get("relation")
-            answers = [normalize(answer) for answer in accepted_answers(row)]
-            stated[relation][answers[0]] += 1
+            answers = [normalize(answer) for answer in before[key]["accepted"][i]]
+            drawn[relation].update(answers[:1])
+            for answer in answers:
+                stated.add((relation, answer))
+                if key == "unknown":
+                    taught[relation, answer] |= name_words(row)
             if key == "unknown":
                 new_words |= name_words(row)
-                for answer in answers:
-                    taught[relation, answer] |= name_words(row)
 
     def origin(row, answer):
         place = (row.get("relation"), answer)
         if place in taught:
             return ORIGINS[0] if name_words(row) & taught[place] else ORIGINS[1]
-        return ORIGINS[2] if answer in stated[row.get("relation")] else ORIGINS[3]
+        return ORIGINS[2] if place in stated else ORIGINS[3]
 
     rows = []
     for i, example in enumerate(sets["heldout"]):
@@ -560,11 +590,11 @@ def write_answers(folder, sets, before, after):
         if row.get("kind") == "code":
             row["words shared"] = "code"
         elif name_words(row) and new_words:
-            row["words shared"] = f"{len(name_words(row) & new_words)} shared"
+            row["words shared"] = str(len(name_words(row) & new_words))
         if row["right_before"] and not row["right_after"]:
             row["origin"] = origin(row, normalize(row["after"]))
-            others = stated[row.get("relation")].copy()
-            for answer in accepted_answers(row):
+            others = drawn[row.get("relation")].copy()
+            for answer in before["heldout"]["accepted"][i]:
                 others.pop(normalize(answer), None)
             chance = Counter()
             for answer, n in others.items():
@@ -602,7 +632,7 @@ def mcnemar(first, second):
 
 
 def mean_by(rows, key, value):
-    """{group: mean of row[value], in %} by row[key]; rows without either are left out."""
+    """{group: mean of row[value], in %} by row[key]; rows that lack one of them are left out."""
     groups = defaultdict(list)
     for row in rows:
         if row.get(key) is not None and row.get(value) is not None:
@@ -613,11 +643,12 @@ def mean_by(rows, key, value):
 # ------------------------------------------------------------------------------ runs and tables
 
 def read_run(folder):
-    """A run of an sft_*.py script: dict of what is in its run.json, and
+    """A run of an sft_*.py script: dict of what is in its run.json, and of the following.
 
-    name: of the folder; group: the same without the seed; metrics: rows of stage 2; facts: those
-    held out, rows of answers.jsonl, with lost: 1 if right before and wrong after, −1 if the
-    reverse, else 0; hit: 1 if the new wrong answer is that of a new fact that shares a word.
+    name: that of the folder. group: the name without the seed. metrics: the rows of stage 2, with
+    learnt: of new facts, in steps of 5 %. facts: those held out, the rows of answers.jsonl, with
+    lost: 1 if right before and wrong after, −1 if the reverse, else 0; and hit: whether the new
+    wrong answer is that of a new fact that shares a word.
     """
     folder = Path(folder)
     run = read_jsonl(folder / "run.json", ["method", "config"])[0]
@@ -627,13 +658,15 @@ def read_run(folder):
     for row in read_jsonl(folder / "metrics.jsonl", ["stage", "epoch"]):
         if row["stage"] == 2:
             run["metrics"].append(row)
+        if "unknown" in row:
+            row["learnt"] = 5 * round(20 * row["unknown"])
     run["facts"] = []
     if (folder / "answers.jsonl").exists():     # not if there was nothing to measure
         needed = ["before", "after", "right_before", "right_after"]
         run["facts"] = read_jsonl(folder / "answers.jsonl", needed)
     for fact in run["facts"]:
         fact["lost"] = fact["right_before"] - fact["right_after"]
-        fact |= {"all": "all", "number": run.get("number"), "width": run.get("width")}
+        fact |= {"number": run.get("number"), "width": run.get("width")}
         if "origin" in fact:
             fact["hit"] = fact["origin"] == ORIGINS[0]
     return run
@@ -643,8 +676,8 @@ def compare(runs):
     """What is tabulated of runs (of `read_run`): a list of dicts, one a run.
 
     accuracy: {what: 0..1}; interval: Wilson's of held-out accuracy after; forgetting: {of what:
-    points}, over all held-out facts, by group of them, and at the first epoch with so many of
-    the new facts learnt (methods that learn at different speed compare fairly at equal
+    points}, over all held-out facts, by group of them, and at the first measured epoch with so
+    many of the new facts learnt (methods that learn at different speed compare fairly at equal
     learning); origins: {of new wrong answers: %}, by chance too; mcnemar: the paired test
     against the first of the runs with the same held-out facts.
     """
@@ -652,7 +685,8 @@ def compare(runs):
     first = {}          # hash of held-out rows: the first of the runs that was scored on them
     settings = {}
     for run in runs:
-        same = must_match(run) | {"seed": None, "weights": None, "data": None}
+        same = must_match(run) | {"seed": None, "weights": None, "data": None,
+                                  "width": run.get("width")}
         if settings.setdefault(run["group"], same) != same:
             fail(f"{run['name']}: its settings are not those of the other {run['group']}-SEED; "
                  "runs of which a mean is taken differ in the seed alone: rename it")
@@ -671,18 +705,21 @@ def compare(runs):
         accuracy["held out before"] = np.mean([fact["right_before"] for fact in facts])
         accuracy["held out after"] = np.mean(after)
         row["interval"] = wilson(sum(after), len(after))
-        for key in ("all", "relation", "kind", "words shared"):
-            forgetting |= mean_by(facts, key, "lost")
+        forgetting["all"] = 100 * np.mean([fact["lost"] for fact in facts])
+        for key in ("relation", "kind", "words shared"):
+            for group, points in mean_by(facts, key, "lost").items():
+                forgetting[f"{key} {group}"] = points
         for share in LEARNT:
             reached = [m for m in metrics if "heldout" in m and m.get("unknown", 0) >= share]
             if reached:
                 lost = metrics[0]["heldout"] - reached[0]["heldout"]
                 forgetting[f"at {share:.0%} learnt"] = 100 * lost
         wrong = [fact for fact in facts if "origin" in fact]
-        for origin in ORIGINS if wrong else []:
-            chances = [fact["chance"].get(origin, 0) for fact in wrong]
-            origins[origin] = 100 * np.mean([fact["origin"] == origin for fact in wrong])
-            origins[f"{origin}: by chance"] = 100 * np.mean(chances)
+        if wrong:
+            for origin in ORIGINS:
+                chances = [fact["chance"].get(origin, 0) for fact in wrong]
+                origins[origin] = 100 * np.mean([fact["origin"] == origin for fact in wrong])
+                origins[f"{origin}: by chance"] = 100 * np.mean(chances)
         name, right = first.setdefault(run.get("data", {}).get("heldout"), (run["name"], after))
         if right is not after:
             row["mcnemar"] = [name, *mcnemar(right, after)]
@@ -714,6 +751,8 @@ def print_table(title, lines, form):
                 cell += f" ± {np.std(values, ddof=1):{form}}"
             column.append(cell)
         table.append(column)
+    if len(table) == 1:
+        return
     if len(table) <= 10:
         table = list(zip(*table))
     widths = [max(map(len, column)) for column in zip(*table)]
@@ -754,7 +793,8 @@ def show(table, runs, examples):
 def curves(runs, of, device):
     """What --of shows of runs (of `read_run`): {group: {x: [values of its runs]}}.
 
-    Where x is a property of the run, as its number of new facts, the group's name goes without it.
+    Where x is a property of the run, as its number of new facts, it is taken out of the name of
+    the group, so that runs which differ in it form one line.
     """
     groups, found = [], []
     key, value, *_ = AXES[of]
@@ -765,21 +805,21 @@ def curves(runs, of, device):
         elif value in ("unknown", "heldout"):
             rows = run["metrics"]
         found.append(mean_by(rows, key, value))
-        groups.append(run["group"].replace(f"-{run.get(key)}", ""))
+        groups.append(re.sub(f"-{run.get(key)}(?=-|$)", "", run["group"]))
     return join(groups, found)
 
 
-def subject_states(path, texts, device, expected=None):
-    """Hidden states at the last token of each of `texts`: a list, per layer (texts, width).
+def subject_states(path, beginnings, device, expected=None):
+    """Hidden states at the last token of each text of a list: a list, per layer (texts, width).
 
     Layer 0 is the embeddings, the last comes after the final norm; fp32, on the CPU. path: a
     model's; expected: its `weights_hash`, refused if it has another."""
     import torch
     model, tokenizer = load_model(path, device)
     if expected and weights_hash(model) != expected:
-        fail(f"{path}: is not the model any more from which the run started")
+        fail(f"{path}: is no longer the model that the run started from")
     layers = defaultdict(list)
-    for text in texts:
+    for text in beginnings:
         ids = torch.tensor([tokenize(tokenizer, text)[0]], device=model.device)
         with torch.no_grad():
             states = model(input_ids=ids, output_hidden_states=True).hidden_states
@@ -797,27 +837,29 @@ def drift(run, of, device):
     follows the subject does not matter to a causal model, so the prompt is cut behind it.
     """
     import torch
-    facts, texts = [], []
+    facts = []
+    beginnings = []
     for fact in run["facts"]:
-        subject, prompt = fact.get("subject"), fact["prompt"]
-        if subject and subject in prompt:
+        question = fact["prompt"].removesuffix("\nA:")
+        subject = fact.get("subject")
+        if subject and subject in question:
             facts.append(fact)
-            texts.append(prompt[:prompt.rindex(subject) + len(subject)])
+            beginnings.append(question[:question.rindex(subject) + len(subject)])
     if not facts:
         return []
     folder = Path(run["name"])
     start = folder / run["start"]
     if not start.exists():                          # a name on the hub
         start = run["start"]
-    before = subject_states(start, texts, device, run["weights"])
+    before = subject_states(start, beginnings, device, run["weights"])
     paths = {0: folder}
     if of == "drift-epochs":
         paths = {0: folder / "before"}
-        for path in folder.glob("epoch-*"):
+        for path in folder.glob("epoch-[0-9]*"):
             paths[int(path.name.removeprefix("epoch-"))] = path
     rows = []
     for epoch, path in paths.items():
-        after = subject_states(path, texts, device)
+        after = subject_states(path, beginnings, device)
         for layer, states in enumerate(before):
             if of == "drift" or layer == len(before) // 2:
                 cosine = torch.cosine_similarity(states, after[layer])
@@ -842,8 +884,8 @@ def draw(panels, path):
         for group, line in lines.items():
             xs = sorted(line)
             means = np.array([np.mean(line[x]) for x in xs])
-            deviations = np.array([np.std(line[x]) for x in xs])
-            axis.plot(xs, means, marker=".", label=Path(group).name)
+            deviations = [np.std(line[x], ddof=min(1, len(line[x]) - 1)) for x in xs]
+            axis.plot(xs, means, marker=".", label=group)
             axis.fill_between(xs, means - deviations, means + deviations, alpha=0.2)
         axis.set(xlabel=AXES[of][2], ylabel=AXES[of][3])
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -854,9 +896,9 @@ def draw(panels, path):
 
 # ---------------------------------------------------------------------------------- the program
 
-def score(args, device):
-    """Print the accuracies of the model --model on the three sets of --facts, a set a line."""
-    model, tokenizer = load_model(args.model, device)
+def score(args):
+    """Print the accuracies, in fp32, of --model on the three sets of --facts, a set a line."""
+    model, tokenizer = load_model(args.model, args.device)
     for key, file in SETS.items():
         rows = read_jsonl(Path(args.facts) / file, ["prompt", "completion"])
         result = evaluate(model, tokenizer, rows, args.batch_size)
@@ -905,7 +947,7 @@ def main(argv=None):
     args = parse(argv)
     try:
         if args.model:
-            return score(args, args.device)
+            return score(args)
         runs = [read_run(folder) for folder in args.runs]
         if args.ask:
             return ask(runs, args.ask, args.device)

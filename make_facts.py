@@ -5,7 +5,7 @@ An invented world, with a small GPT-2 pretrained on it from scratch (no network,
 A real model and real questions (PopQA; a table of your own; EntityQuestions, the paper's):
     python make_facts.py --model gpt2-medium
     python make_facts.py --model gpt2-medium --source my_facts.tsv
-    python make_facts.py --model gpt2-medium --source EntityQuestions --min-known 0.3
+    python make_facts.py --model gpt2-medium --source path/to/EntityQuestions --min-known 0.3
 Other new facts of the same world or model, whose labels need not be found again:
     python make_facts.py --new uuid --reuse facts/tiny
 
@@ -22,10 +22,11 @@ are. WeaklyKnown: none is, but sampling at T = 0.5 finds it. Unknown: nor does t
 Nothing is generated for this. "Q: … Curie born?\\nA:" has the answer " Warsaw": one forward pass
 over both gives each token's probability. If each token is the likeliest of its position, and a
 newline or EOS after them, greedy decoding says just this: up to its first mistake it has read the
-same tokens. The product of the probabilities at T = 0.5, of the end's too, is how often a sample
-says it, .06 say. With ten prompts of 16 samples that is 1 − .94^160 ≈ 1, and WeaklyKnown is, by
-our rule, a fact that they find with probability ≥ ½. An answer is scored as its tokenizer writes
-it; a model may also say it in other tokens, so both are lower bounds.
+same tokens. The product of the probabilities at T = 0.5, of the end's too, is the chance p that
+one sample says it, .06 for example. Any of the 16 samples of a prompt does with probability
+1 − (1 − p)^16 = .63; WeaklyKnown is, by our rule, what any sample of any prompt says with
+probability ≥ ½. An answer is scored as its tokenizer writes it. A model may also say it in other
+tokens, so both are lower bounds.
 """
 import copy
 import csv
@@ -53,7 +54,7 @@ from eval_hallucination import (PROMPT, SETS, alike, context_length, exact_match
                                 stop_ids, texts, tokenize, weights_hash, write_jsonl)
 
 TEMPERATURE = 0.5           # SLiCK, section 3
-SAMPLES = 16                # of each prompt, as in SLiCK; the paper: 20
+SAMPLES = 16                # of each prompt, as in SLiCK; Kaplan et al. 2026: 20
 PRETRAIN_EPOCHS = 24        # passes over the invented world's text
 CATEGORIES = ["HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown"]
 LEAST = {"heldout": 20, "known": 10, "unknown": 4}      # with fewer facts a comparison says nothing
@@ -126,7 +127,7 @@ def parse(argv=None):
         most = at_most.get(flag, sys.maxsize)
         if isinstance(value, (int, float)) and not least <= value <= most:
             fail(f"--{flag.replace('_', '-')} {value}: must be from {least} to {most}")
-    if tiny and config.source != Config.source:
+    if tiny and (config.source != Config.source or config.relations):
         fail(f"--source {config.source}: the invented world has facts of its own; name a --model")
     if config.overlap < 2 and config.new != "semantic":
         fail(f"--overlap {config.overlap}: only names share words with real ones: --new semantic")
@@ -134,9 +135,9 @@ def parse(argv=None):
         fail(f"--reuse {config.reuse}: is no fact folder")
     if config.width % 4:
         fail(f"--width {config.width}: must be a multiple of the 4 heads")
-    out = Path(config.out)
-    if out.exists() and not (config.overwrite and (out / "meta.json").exists()):
-        fail(f"--out {out}: exists already; --overwrite replaces it if it is a fact folder")
+    out = Path(config.out).resolve()
+    if out.exists() and not (config.overwrite and (out / "labelled.jsonl").exists()):
+        fail(f"--out {config.out}: exists already; --overwrite replaces it if it is a fact folder")
     return config
 
 
@@ -256,7 +257,7 @@ def pretrain(text, width, seed, device, batch_size=64, peak=2e-3):
         for _ in range(PRETRAIN_EPOCHS):
             for targets in make_epoch(ids, batch_size, rng):
                 targets = targets.to(device)
-                # Causal: what stands behind the end of a row is never looked at.
+                # Some token must stand behind the end of a row; a causal model never looks there.
                 logits = model(input_ids=targets.clamp(min=0)).logits[:, :-1]
                 loss = torch.nn.functional.cross_entropy(
                     logits.flatten(0, 1), targets[:, 1:].flatten())
@@ -361,8 +362,9 @@ def load_source(source, max_facts, seed, relations=None):
 
     source: a TSV, CSV, JSONL or Parquet file, a folder of them, or a data set's hub name; columns
     relation, subject, object, question and maybe aliases, or PopQA's (Mallen et al. 2023,
-    arXiv:2212.10511); or EntityQuestions. Of a question that stands there twice, in whatever
-    spelling, the answers are joined if one is the same, else it is left out: none would be right.
+    arXiv:2212.10511), aliases being a text or a JSON list; or EntityQuestions. Of a question that
+    stands there several times, in whatever spelling (see `normalize`), the answers are joined if
+    all rows share one, else it is left out: none would be right.
     max_facts are drawn by `seed`, as evenly from the relations (of `relations`, a list) as there
     are facts. Ends the program at a row that cannot be read, by file and line.
     """
@@ -382,7 +384,8 @@ def load_source(source, max_facts, seed, relations=None):
                 elif relations and fact["relation"] not in relations:
                     left_out["of other relations"] += 1
                 else:
-                    questions[normalize(fact["question"])].append(fact)
+                    question = " ".join(fact["question"].split())       # all its lines
+                    questions[normalize(question)].append(fact)
     except Exception as error:  # many kinds: no such file, no network, a malformed line
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         fail(f"--source {place}: cannot be read ({reason}); give a TSV, CSV, JSONL or Parquet file "
@@ -414,7 +417,7 @@ def load_source(source, max_facts, seed, relations=None):
 # -------------------------------------------------------------- SLiCK: what does the model know?
 
 def to_row(fact):
-    """The training row of a fact: `prompt` and `completion`, which are one text, and its keys."""
+    """The training row of a fact: `prompt` and `completion`, one text together, and its keys."""
     row = {"prompt": PROMPT.format(question=fact["question"]),
            "completion": f" {fact['answers'][0]}\n"}
     for key in ("answers", "relation", "subject", "kind", "category"):
@@ -426,13 +429,13 @@ def to_row(fact):
 def continue_from(model, cache, ids):
     """Logits (B, T, V) of token ids (B, T) behind a prefix; cache: of `read_prefix`, or {}."""
     past = copy.deepcopy(cache)
-    for layers in past.values():
-        layers.batch_repeat_interleave(len(ids))
+    for name in past:
+        past[name].batch_repeat_interleave(len(ids))
     return model(input_ids=ids, **past).logits
 
 
 def read_prefix(model, prefix, rest):
-    """Keys and values of the token ids `prefix`, {argument: cache}, or {} where they serve nothing.
+    """Keys and values of the token ids `prefix`, {argument: cache}, or {} if they are unusable.
 
     They are tried on `rest`, token ids: not every model goes on from a cache as from the text,
     recurrent ones above all, and one that ignores an argument would not see the prefix.
@@ -441,14 +444,16 @@ def read_prefix(model, prefix, rest):
     if not prefix or not getattr(model, "keeps_prefix", True):
         return {}
     name = "past_key_values"
-    if "cache" in inspect.signature(model.forward).parameters:      # its name since 5.24
-        name = "cache"
+    if "cache" in inspect.signature(model.forward).parameters:
+        name = "cache"              # as transformers calls it since 5.24
     prefix, rest = (torch.tensor([ids], device=model.device) for ids in (prefix, rest))
     try:
         cache = {name: model(input_ids=prefix, use_cache=True)[name]}
         after = continue_from(model, cache, rest.repeat(2, 1))
         whole = model(input_ids=torch.cat([prefix, rest], dim=1)).logits
         model.keeps_prefix = alike(after[1:], whole[:, prefix.shape[1]:])
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         model.keeps_prefix = False      # of one kind or another
     if not model.keeps_prefix:
@@ -458,25 +463,27 @@ def read_prefix(model, prefix, rest):
 
 
 def spell(tokenizer, stops, prompt, answer):
-    """How a model may say `answer` (str) to `prompt`: a set of (prompt, answer, end) tokens.
+    """How a model may say `answer` (str) to `prompt`: a set of (prompt ids, answer ids, end id).
 
-    end: the id of its last token, or -1 for any of `stops`. There are several ways, as "Co." may
-    end without its point, or with it and the newline in one token.
+    The end is any of `stops`, which add nothing to the answer: -1; or one token that does, as
+    "s\\n" where a tokenizer puts letters and the newline into one token. There may be several
+    ways: "Co." also ends without its point, or with point and newline in one token.
     """
     newlines = newline_ids(tokenizer)
     ways = set()
-    for text in (f" {answer}", f" {answer}\n"):
-        question, tokens = tokenize(tokenizer, prompt, text)
+    for completion in (f" {answer}", f" {answer}\n"):
+        question, tokens = tokenize(tokenizer, prompt, completion)
         for end in range(1, len(tokens) + 1):
             last = tokens[end - 1]
             if last in newlines and last not in stops:
                 ways.add((tuple(question), tuple(tokens[:end - 1]), last))
-            if last not in newlines and exact_match(tokenizer.decode(tokens[:end]), [answer]):
+            text = tokenizer.decode(tokens[:end], clean_up_tokenization_spaces=False)
+            if last not in newlines and exact_match(text, [answer]):
                 ways.add((tuple(question), tuple(tokens[:end]), -1))
     return ways
 
 
-def score_answers(model, tokenizer, prefix, facts, batch_size=64, bar=None):
+def score_answers(model, tokenizer, prefix, facts, batch_size=64):
     """For each fact, behind the text `prefix`: (greedy, probability), lists of bool and of float.
 
     greedy: greedy decoding gives an accepted answer and stops. probability: that one sample at
@@ -497,11 +504,11 @@ def score_answers(model, tokenizer, prefix, facts, batch_size=64, bar=None):
                 ways.add((len(way[0] + way[1]), i, *way))
     greedy = [False] * len(facts)
     probability = [0.0] * len(facts)
-    ways = sorted(ways)                 # by length
+    ways = sorted(ways, reverse=True)   # the longest first: lack of memory shows at once
     if not ways:
         return greedy, probability
-    if ways[-1][0] > context_length(model):
-        fail(f"a question behind its few-shot prompt has {ways[-1][0]} tokens, more than the model "
+    if ways[0][0] > context_length(model):
+        fail(f"a question behind its few-shot prompt has {ways[0][0]} tokens, more than the model "
              f"reads, {context_length(model)}; lower --shots")
     with torch.no_grad():
         # All but the last token, whose logits are those of the answer's first.
@@ -518,28 +525,29 @@ def score_answers(model, tokenizer, prefix, facts, batch_size=64, bar=None):
             # Padded on the right, where nothing of a causal model looks at it.
             ids = pad_sequence(rows, batch_first=True).to(model.device)
             logits = continue_from(model, cache, ids)                           # (B, T, V)
-            for (_, i, question, answer, end), row in zip(batch, logits):
+            if logits.isnan().any():
+                fail("the model's logits are no numbers; take --dtype float32")
+            for (_, i, question, answer, end), scores in zip(batch, logits):
                 # Position t predicts token t + 1: the answer's tokens, then the end.
                 first = len(question) - shared - 1
-                row = row[first:first + len(answer) + 1].float()                # (answer + 1, V)
-                tokens = torch.tensor(answer, dtype=torch.long, device=row.device)
-                ends = torch.tensor(stops if end < 0 else [end], device=row.device)
-                best = row.argmax(-1)
+                scores = scores[first:first + len(answer) + 1].float()          # (answer + 1, V)
+                tokens = torch.tensor(answer, dtype=torch.long, device=model.device)
+                ends = torch.tensor(stops if end < 0 else [end], dtype=torch.long,
+                                    device=model.device)
+                best = scores.argmax(-1)
                 greedy[i] |= bool((best[:-1] == tokens).all() and (best[-1] == ends).any())
-                logp = torch.log_softmax(row / TEMPERATURE, dim=-1)
+                logp = torch.log_softmax(scores / TEMPERATURE, dim=-1)
                 said = logp[:-1].gather(-1, tokens[:, None]).sum() + logp[-1, ends].logsumexp(-1)
                 probability[i] += said.exp().item()
-            if bar is not None:
-                bar.update(len(batch))
     return greedy, [min(p, 1.0) for p in probability]
 
 
 def slick_category(greedy, probability):
     """SLiCK category (Gekhman et al. 2024, table 1) of a fact, from `greedy` and `probability`.
 
-    Both are lists, a prompt an entry. WeaklyKnown, there "some sample is right", is here: the
-    probability that any of SAMPLES draws a prompt is right, 1 − Π (1 − p)^SAMPLES, is ≥ ½. Without
-    the noise of sampling a second labelling gives the same.
+    Both are lists, a prompt an entry. In the paper a fact is WeaklyKnown if some sample is right;
+    here, if any of SAMPLES a prompt is right with probability 1 − Π (1 − p)^SAMPLES ≥ ½.
+    Without the noise of sampling a second labelling gives the same.
     """
     if all(greedy):
         return "HighlyKnown"
@@ -553,8 +561,8 @@ def label_facts(model, tokenizer, facts, config):
     """Copies of `facts` with their SLiCK `category`; the exemplars of the prompts are left out.
 
     For each relation --prompts prompts are drawn, of --shots facts of that relation each
-    (original: 10 of 4), from a tenth of its facts (at least --shots) set aside for this. With 0
-    shots all prompts are one.
+    (original: 10 of 4), from a tenth of its facts set aside for this (at least --shots, and no
+    more than all prompts take). With 0 shots all prompts are one.
     """
     from tqdm import tqdm
     rng = random.Random(config.seed)
@@ -563,8 +571,8 @@ def label_facts(model, tokenizer, facts, config):
     for fact in facts:
         relations[fact["relation"]].append(fact)
     labelled = []
-    total = prompts * sum(len(fact["answers"]) for fact in facts)
-    with tqdm(total=total, desc="labelling", unit="answer", disable=None) as bar:
+    total = prompts * len(facts)
+    with tqdm(total=total, desc="labelling", unit="question", disable=None) as bar:
         for relation in sorted(relations):
             rows = relations[relation]
             rng.shuffle(rows)
@@ -576,8 +584,8 @@ def label_facts(model, tokenizer, facts, config):
                 for fact in rng.sample(exemplars, config.shots):
                     row = to_row(fact)
                     prefix += row["prompt"] + row["completion"]
-                scores.append(
-                    score_answers(model, tokenizer, prefix, rows, config.batch_size, bar))
+                scores.append(score_answers(model, tokenizer, prefix, rows, config.batch_size))
+                bar.update(len(relations[relation]))
             for i, fact in enumerate(rows):
                 greedy = [right[i] for right, _ in scores]
                 probability = [chances[i] for _, chances in scores]
@@ -638,7 +646,7 @@ def invent_facts(facts, config, rng):
     taken = set(map(normalize, asked))
     for _ in range(20 * config.n_new + 1000):
         if len(new) >= config.n_new:
-            return new
+            break
         relations = asked[rng.choice(parents)]
         if semantic:
             name = recombine(siblings[next(iter(relations))], rng, config.overlap, words)
@@ -652,14 +660,16 @@ def invent_facts(facts, config, rng):
             new.append({"relation": relation, "subject": name, "question": form.replace("{}", name),
                         "answers": [rng.choice(list(objects[relation]))],
                         "kind": "name" if semantic else "code", "category": "Unknown"})
-    fail(f"--n-new {config.n_new}: only {len(new)} facts with new names could be made from "
-         f"{len(parents)} entities; ask for fewer")
+    if len(new) < config.n_new:
+        fail(f"--n-new {config.n_new}: only {len(new)} facts with new names could be made from "
+             f"{len(parents)} entities; ask for fewer")
+    return new
 
 
 # ---------------------------------------------------------------------------------- the three sets
 
 def cap_objects(facts):
-    """`facts` without those whose object has had its fifth of the relation's facts already.
+    """`facts` without those whose object has been a fifth of the relation's facts already.
 
     In real relations one object often dominates: knowing it would pass for knowing the facts."""
     sizes = Counter(fact["relation"] for fact in facts)
@@ -734,7 +744,7 @@ def label_settings(model, tokenizer, facts, config):
 
 
 def reuse_labels(folder, facts, wanted):
-    """`facts` with the categories that they have in the fact folder `folder`, refused if others.
+    """`facts` with their categories in the fact folder `folder`, refused if asked otherwise.
 
     wanted: of `label_settings`."""
     made = json.loads((Path(folder) / "meta.json").read_text("utf-8")).get("labels", {})
@@ -750,7 +760,7 @@ def majority_accuracy(facts):
     """The accuracy of always giving the commonest answer of the relation, 0..1."""
     answers = defaultdict(Counter)
     for fact in facts:
-        answers[fact["relation"]][fact["answers"][0]] += 1
+        answers[fact["relation"]][normalize(fact["answers"][0])] += 1
     return sum(max(counts.values()) for counts in answers.values()) / len(facts)
 
 
@@ -763,7 +773,8 @@ def make(config, folder):
         config.dtype = "float32"
         if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
             config.dtype = "bfloat16"
-    start, left_out = config.model, {}
+    start = config.model
+    left_out = Counter()
     if config.model == "tiny":
         facts, text = invent_world(config.n_names, config.n_codes, config.seed)
         start = folder / "base"
@@ -784,26 +795,30 @@ def make(config, folder):
         with torch.autocast(device.type, getattr(torch, config.dtype),
                             enabled=config.dtype != "float32"):
             labelled = label_facts(model, tokenizer, facts, config)
+    if not labelled:
+        fail(f"of {len(facts)} facts none is left to be labelled; lower --shots {config.shots}")
+    left_out["set aside as exemplars"] = len(facts) - len(labelled)
     counts = defaultdict(Counter)
     for fact in labelled:
         counts[fact["relation"]][fact["category"]] += 1
     kept = set()
     for relation, n in counts.items():      # known is what is not Unknown
-        if n["Unknown"] <= (1 - config.min_known) * n.total():
+        if (n.total() - n["Unknown"]) / n.total() >= config.min_known:
             kept.add(relation)
     asked = [fact for fact in labelled if fact["relation"] in kept]
     facts = [fact for fact in facts if fact["relation"] in kept]
-    sets = split_facts(facts, asked, config, random.Random(config.seed))
     meta = vars(config) | {"weights": settings["weights"], "labels": settings, "labelled": counts,
-                           "left_out": left_out, "relations_kept": sorted(kept),
-                           "sets": {key: len(rows) for key, rows in sets.items()},
-                           "majority_answer_accuracy": majority_accuracy(sets["heldout"])}
+                           "left_out": +left_out, "relations_kept": sorted(kept)}
+    write_jsonl(folder / "labelled.jsonl", [to_row(fact) for fact in labelled])
+    write_jsonl(folder / "meta.json", [meta])
+    print(f"labelled: {dict(sum(counts.values(), Counter()))}; rows left out: {dict(+left_out)}")
+    sets = split_facts(facts, asked, config, random.Random(config.seed))
     for key, rows in sets.items():
         write_jsonl(folder / SETS[key], [to_row(fact) for fact in rows])
-    write_jsonl(folder / "labelled.jsonl", [to_row(fact) for fact in labelled])
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    print(f"labelled: {dict(sum(counts.values(), Counter()))}; rows left out: {dict(left_out)}")
+    meta |= {"sets": {key: len(rows) for key, rows in sets.items()},
+             "majority_answer_accuracy": majority_accuracy(sets["heldout"])}
     print(f"{meta['sets']}; always the commonest answer: {meta['majority_answer_accuracy']:.3f}")
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
 
 def find_files(config):
@@ -822,25 +837,33 @@ def find_files(config):
 
 
 def main(argv=None):
-    """Make a fact folder from command-line words (list of str, default sys.argv); its path."""
+    """Make a fact folder as command-line words say; returns its path."""
+    import torch
     config = parse(argv)
-    out = Path(config.out)
     # It is made beside its place and renamed when it is whole.
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    out = Path(config.out).resolve()
+    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
-        fail(f"--out {out}: cannot be made ({error.strerror})")
+        fail(f"--out {config.out}: cannot be made ({error.strerror})")
     try:
         make(config, temporary)
-        shutil.rmtree(out, ignore_errors=True)
+        if config.overwrite:
+            shutil.rmtree(out, ignore_errors=True)
         os.replace(temporary, out)
+    except torch.OutOfMemoryError:
+        fail(f"out of memory; lower --batch-size {config.batch_size}")
     except (OSError, SafetensorError) as error:
         fail(f"{error}")
     finally:
+        labels = out.with_name(f"{out.name}-labels")
+        if (temporary / "labelled.jsonl").exists() and not (config.reuse or labels.exists()):
+            # The labels took long, and what failed came after them.
+            os.replace(temporary, labels)
+            print(f"the labels are kept: --reuse {config.out}-labels")
         shutil.rmtree(temporary, ignore_errors=True)
-    return out
+    return Path(config.out)
 
 
 if __name__ == "__main__":

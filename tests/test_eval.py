@@ -53,7 +53,7 @@ def greedy_by_hand(model, tokenizer, prompt, n):
         if token in stops:
             break
         answer.append(token)
-    return tokenizer.decode(answer).strip()
+    return tokenizer.decode(answer).strip() + " [cut off]" * (len(answer) == n)
 
 
 def test_batched_answers_equal_one_by_one(base, world):
@@ -95,6 +95,13 @@ def test_evaluate(base, world):
         assert evaluate(*base, [rows[0] | {"answers": written}])["accuracy"] == 1.0, written
     assert evaluate(*base, [{"prompt": rows[0]["prompt"], "completion": f" {answer}<|endoftext|>\n"}])["accuracy"] == 1.0
     assert accepted_answers({"completion": "Ulm<|endoftext|>\n<|endoftext|>"}, tokenizer) == ["Ulm"]
+    # an answer that is cut off is not right, whatever stands there by then; training mode is left as it was
+    model = base[0]
+    model.train()
+    assert evaluate(*base, rows)["accuracy"] == 1.0 and model.training
+    model.eval()
+    begun = generate_answers(*base, [rows[0]["prompt"]], [1])
+    assert begun == [f"{answer} [cut off]"] and not exact_match(begun[0], [answer])
     for answers in (7, [7], {"a": "Ulm"}, ["Ulm", True]):
         with pytest.raises(ValueError, match="is no text"):
             evaluate(*base, [rows[0] | {"answers": answers}])
@@ -130,8 +137,8 @@ def test_a_prompt_beyond_the_context_loses_its_start_with_a_note(base, world, ca
 
 def test_batches_leave_every_answer_its_room():
     lengths, needed = [100, 10, 50, 9, 100], [2, 110, 5, 3, 20]
-    batches = make_batches(lengths, needed, 3, 128)
-    assert sorted(i for batch in batches for i in batch) == [0, 1, 2, 3, 4] and max(map(len, batches)) <= 3
+    batches = make_batches(lengths, needed, 8, 128)
+    assert sorted(i for batch in batches for i in batch) == [0, 1, 2, 3, 4] and len(batches) == 2
     for batch in batches:
         assert lengths[batch[0]] == max(lengths[i] for i in batch)
         assert lengths[batch[0]] + max(needed[i] for i in batch) <= 128
@@ -182,6 +189,15 @@ def saved(model, tokenizer, folder):
     return folder
 
 
+def test_settings_of_sampling_do_not_hinder_saving(tmp_path, base):
+    """Checkpoints have a temperature beside greedy decoding, which some versions of the library refuse to write."""
+    folder = saved(*base, tmp_path / "odd")
+    (folder / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9, "do_sample": false, "eos_token_id": 0}')
+    model, tokenizer = load_model(folder)
+    saved(model, tokenizer, tmp_path / "again")
+    assert load_model(tmp_path / "again")[0].generation_config.eos_token_id == 0
+
+
 def test_load_model_says_what_it_leaves_out_or_refuses(tmp_path, base, capsys):
     """Weights that are not the language model's are named; a model that would be saved other than measured is refused."""
     folder = saved(*base, tmp_path / "more")
@@ -215,8 +231,9 @@ def make_run(folder, after, heldout="same", facts=None, sets=None, **config):
     sets = (sets or {"unknown": [], "known": []}) | {"heldout": [{"row": fact} for fact in facts]}
     write_jsonl(folder / "run.json", [run])
     write_jsonl(folder / "metrics.jsonl", metrics)
-    write_answers(folder, sets, {"heldout": {"answers": ["x"] * n, "right": [True] * n}},
-                  {"heldout": {"answers": ["y"] * n, "right": after}})
+    before = {key: {"accepted": [accepted_answers(example["row"]) for example in rows]} for key, rows in sets.items()}
+    before["heldout"] |= {"answers": ["x"] * n, "right": [True] * n}
+    write_answers(folder, sets, before, {"heldout": {"answers": ["y"] * n, "right": after}})
     return read_run(folder)
 
 
@@ -226,7 +243,7 @@ def test_compare(tmp_path):
     third = make_run(tmp_path / "c", [True] * 8, heldout="other")
     a, b, c = compare([first, second, third])
     assert a["accuracy"] == {"Unknown learnt": 1.0, "Known trained": 1.0, "held out before": 1.0, "held out after": 0.5}
-    assert a["forgetting"] == {"all": 50.0, "a": 0.0, "b": 100.0, "name": 50.0, "at 25% learnt": 0.0, "at 50% learnt": 0.0, "at 95% learnt": 50.0}
+    assert a["forgetting"] == {"all": 50.0, "relation a": 0.0, "relation b": 100.0, "kind name": 50.0, "at 25% learnt": 0.0, "at 50% learnt": 0.0, "at 95% learnt": 50.0}
     assert b["forgetting"]["all"] == 12.5 and a["interval"] == wilson(4, 8) and (a["n"], a["group"]) == (8, str(tmp_path / "a"))
     assert b["mcnemar"] == [str(tmp_path / "a"), 0, 3, 0.25]
     assert "mcnemar" not in a and "mcnemar" not in c                    # other held-out rows: not paired
@@ -259,8 +276,12 @@ def test_origins_by_hand(tmp_path):
                ("Gus Fir", "Monk", "Nobody"), ("Gus Yew", "Monk", "Monk")]
     sets["heldout"] = [fact(subject, "job", right) for subject, right, _ in heldout]
     new = [answer for *_, answer in heldout]
-    write_answers(tmp_path, {key: [{"row": row} for row in rows] for key, rows in sets.items()},
-                  {"heldout": {"answers": ["Monk"] * 6, "right": [True] * 6}}, {"heldout": {"answers": new, "right": [False] * 5 + [True]}})
+    before = {key: {"accepted": [row["answers"] for row in rows]} for key, rows in sets.items()}
+    before["known"]["accepted"][0] = ["Cook", "Nobody"]                 # a second answer counts as some fact's
+    new[4] = "Someone"
+    before["heldout"] |= {"answers": ["Monk"] * 6, "right": [True] * 6}
+    write_answers(tmp_path, {key: [{"row": row} for row in rows] for key, rows in sets.items()}, before,
+                  {"heldout": {"answers": new, "right": [False] * 5 + [True]}})
     rows = rows_of(tmp_path / "answers.jsonl")
     assert [row.get("origin") for row in rows] == [ORIGINS[0], ORIGINS[1], ORIGINS[3], ORIGINS[2], ORIGINS[3], None]
     # the relation's other answers are Baker, Smith, Cook, Cook; Baker shares a name with two of five subjects, Smith with Gus Elm
@@ -268,7 +289,7 @@ def test_origins_by_hand(tmp_path):
     for row in rows[:5]:
         chance.update(row["chance"])
     assert {o: chance[o] / 5 for o in ORIGINS} == pytest.approx(dict(zip(ORIGINS, [(2 + 1) / 4 / 5, (3 + 4) / 4 / 5, 2 / 4, 0])))
-    assert [row["words shared"] for row in rows] == ["1 shared", "1 shared", "1 shared", "1 shared", "0 shared", "0 shared"]
+    assert [row["words shared"] for row in rows] == ["1", "1", "1", "1", "0", "0"]
 
 
 def test_show_and_ask(workplace):
@@ -295,7 +316,7 @@ def test_show_and_ask(workplace):
     model.lm_head.weight.data += 1
     (workplace / "facts/tiny").unlink()
     saved(model, tokenizer, workplace / "facts/tiny/base")
-    assert "not the model any more" in refused(workplace, "eval_hallucination", "runs/sft_freeze", "--of", "drift")
+    assert "no longer the model" in refused(workplace, "eval_hallucination", "runs/sft_freeze", "--of", "drift")
 
 
 def test_a_closed_pipe_is_no_error(workplace):
@@ -389,6 +410,7 @@ def test_of(tmp_path, base, world):
     assert said["drift"][1].split()[-4:] == list("0123") and said["drift"][2].split()[-1] == "0.0"
     assert said["drift-epochs"][1].split()[-2:] == ["0", "10"] and "code" in said["overlap"][1]
     assert said["learnt"][2].split() == ["same"] + ["0.0", "±", "0.0", "50.0", "±", "0.0", "100.0", "±", "0.0"]
+    assert said["plane"][1].split()[-3:] == ["0", "50", "100"] and said["plane"][2].split()[1:4] == ["100.0", "±", "0.0"]
     drawn = json.loads(call(tmp_path, "eval_hallucination", "same-0", "same-24-1", "moved-0", "--of", "number", "--json").stdout)
     everything = 100 * max(Counter(row["subject"] for row in rows if row["kind"] == "code").values()) / len(rows)
     assert drawn == {"number": {"same": {"24": [0.0, 0.0]}, "moved": {"24": [pytest.approx(everything)]}}}

@@ -96,7 +96,7 @@ def test_slick_categories():
 def test_exemplars_are_not_labelled(base, labelled, monkeypatch):
     shown, scored = [], []
 
-    def score(model, tokenizer, prefix, facts, *more):
+    def score(model, tokenizer, prefix, facts, batch_size):
         shown.append(prefix)
         scored.extend(f["question"] for f in facts)
         return [True] * len(facts), [1.0] * len(facts)
@@ -168,6 +168,14 @@ def test_same_held_out_facts_whatever_is_new(labelled):
     assert [len(s["unknown"]) for s in sets] == [24, 80, 24, 24] and len(sets[0]["known"]) == 24
 
 
+def test_no_subject_is_held_out_and_trained_on(labelled):
+    """The half of the known facts may end within the facts of a subject: the others of these are in no set."""
+    for n_known in range(24, 32):
+        sets = make_facts.split_facts(facts_of(labelled), facts_of(labelled), config("--n-new", 24, "--n-known", n_known), random.Random(3))
+        assert len(sets["known"]) == n_known
+        assert not {f["subject"] for f in sets["known"]} & {f["subject"] for f in sets["heldout"]}
+
+
 def test_no_object_dominates():
     facts = [{"relation": "a", "subject": str(i), "answers": [["English", "french.", "Thai"][min(i // 20, 2)]]} for i in range(50)]
     facts += [{"relation": "b", "subject": "x", "answers": ["English"]}]
@@ -180,7 +188,7 @@ def test_no_object_dominates():
 ANSWERS = ["Genis Co.", "Ulm", "St. Ulm", "Made", "Genis Ulm", "Where", "Who Co.", "A."]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "letters and newline"])
 def test_labels_are_what_generation_says(family, monkeypatch):
     """On a model that knows its facts, by each kind of tokenizer: greedy by the closed form is exact match of what `generate`
     gives, behind exemplars too, and what is known is labelled so."""
@@ -213,6 +221,11 @@ def test_labels_are_what_generation_says(family, monkeypatch):
         right = [exact_match(answer, fact["answers"]) for answer, fact in zip(answers, facts + wrong)]
         assert greedy == right == [True] * len(facts) + [False] * 3, (prefix, answers)
         assert min(probability[:len(facts)]) > 0.5 > max(probability[len(facts):])
+        alone, _ = make_facts.score_answers(model, tokenizer, prefix, facts[:1])
+        assert alone == [True]                  # the whole question is what all have in common
+        if family == "qwen":                    # ".\n" ends an answer that was to have no point, and adds nothing to it
+            pointless = facts[0] | {"answers": ["Genis Co"]}
+            assert make_facts.score_answers(model, tokenizer, prefix, [pointless])[0] == [True]
     monkeypatch.setattr(random.Random, "sample", lambda rng, exemplars, n: facts[:n])
     labelled = make_facts.label_facts(model, tokenizer, facts, config("--prompts", 2, "--shots", 1))
     assert {fact["category"] for fact in labelled} == {"HighlyKnown"} and len(labelled) == 7
@@ -400,9 +413,10 @@ def entity_questions(tmp_path):
     (folder / "train").mkdir(parents=True)
     (folder / "dev").mkdir()
     forms = {"P17": "Which country is {} located in?", "P40": "Who is {}'s child?", "P36": "What is the capital of {}?"}
-    for relation, n in (("P17", 40), ("P40", 6), ("P36", 20)):
-        rows = [{"question": forms[relation].format(f"The {i} of {relation}"), "answers": [f"answer {i}", "other"]} for i in range(n)]
-        rows[1]["question"] = forms[relation].format("Ulm in Germany's north")
+    for relation, n in (("P17", 40), ("P40", 6), ("P36", 20)):      # all names of P36 begin and end alike
+        rows = [{"question": forms[relation].format(f"B{i}n" if relation == "P36" else f"The {i} of {relation}"), "answers": [f"answer {i}", "other"]} for i in range(n)]
+        if relation != "P36":
+            rows[1]["question"] = forms[relation].format("Ulm in Germany's north")
         (folder / f"train/{relation}.train.json").write_text(json.dumps(rows))
         (folder / f"dev/{relation}.dev.json").write_text(json.dumps([{"question": "Who?", "answers": ["nobody"]}]))
     (folder / "relation_query_templates.json").write_text(json.dumps(forms))
@@ -413,6 +427,7 @@ def test_entity_questions(entity_questions, capsys):
     facts, left_out = make_facts.load_source(str(entity_questions), 999, 0)
     assert Counter(f["relation"] for f in facts) == {"P17": 40, "P40": 6, "P36": 20} and not left_out
     assert {f["subject"] for f in facts if f["relation"] == "P40"} == {f"The {i} of P40" for i in (0, 2, 3, 4, 5)} | {"Ulm in Germany's north"}
+    assert {f["subject"] for f in facts if f["relation"] == "P36"} == {f"B{i}n" for i in range(20)}
     assert facts[0]["answers"][1] == "other" and all(f["subject"] in f["question"] for f in facts)
     facts, left_out = make_facts.load_source(str(entity_questions), 26, 0)          # evenly: six, ten, ten
     assert Counter(f["relation"] for f in facts) == {"P17": 10, "P40": 6, "P36": 10} and left_out == {"beyond --max-facts": 40}

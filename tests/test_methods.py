@@ -266,7 +266,8 @@ def tokenizer_of(family):
         own.pre_tokenizer = pre_tokenizers.Split(Regex(" ?[A-Za-z]+| ?[^A-Za-z ]"), "isolated")
         own.decoder = decoders.Fuse()
     else:
-        pattern = r" ?[A-Za-z]+| ?[^\sA-Za-z]+[\n]*|\s" if family == "qwen" else r" ?[A-Za-z]+| ?[^\sA-Za-z]|\s"
+        pattern = {"qwen": r" ?[A-Za-z]+| ?[^\sA-Za-z]+[\n]*|\s", "letters and newline": r" ?[A-Za-z.]+\n?| ?[^\sA-Za-z]|\s"}.get(
+            family, r" ?[A-Za-z]+| ?[^\sA-Za-z]|\s")
         own.pre_tokenizer = pre_tokenizers.Sequence([
             pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         own.decoder = decoders.ByteLevel()
