@@ -286,12 +286,15 @@ def encode(tokenizer, prompts, needed, context):
 
     needed: tokens of the context that each must leave free, for its answer."""
     encoded = []
+    cut = 0
     for prompt, n in zip(prompts, needed):
         ids = tokenize(tokenizer, prompt)[0]
         if len(ids) + n > context:
-            note(f"only the end of {prompt[:40]!r}, of {len(ids)} tokens, is read")
+            cut += 1
             ids = ids[-max(1, context - n):]
         encoded.append(ids)
+    if cut:
+        note(f"{cut} prompts leave no room for their answer: only the end of them is read")
     return encoded
 
 
