@@ -91,7 +91,7 @@ def texts(value):
 def check_row(row, needed):
     """Raise ValueError unless `row` is an object that has all of `needed`, and texts for texts."""
     for key in needed:
-        if row.get(key) is None:
+        if row.get(key) in (None, ""):
             raise ValueError(f"no {key}")
     for key in ("prompt", "completion", "subject", "relation", "kind"):
         if not isinstance(row.get(key), (str, type(None))):
@@ -269,8 +269,8 @@ def make_batches(lengths, needed, batch_size, context):
     context together, so that no row is cut for another's sake.
     """
     batches = []
-    width = 0
-    room = 0
+    width = 0       # of the batch's first, longest prompt
+    room = 0        # that the longest answer of its rows needs
     for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         room = max(room, needed[i])
         if not batches or len(batches[-1]) == batch_size or width + room > context:
@@ -301,8 +301,8 @@ def encode(tokenizer, prompts, needed, context):
 def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
     """Greedy answers to `prompts` (list of str), each up to its first newline or EOS: list of str.
 
-    needed: tokens that each answer may need (list of int, default 16); all may be as long as the
-    longest of them, and one that has no end by then is marked "[cut off]". A prompt that does
+    needed: tokens that each answer may need (list of int, default 16). Every row may say as many
+    as the longest, and an answer that has no end by then is marked "[cut off]". A prompt that does
     not leave its tokens free in the model's context loses its beginning, with a note. Prompts
     are padded on the left; `generate` makes the positions from the mask, so nothing is shifted.
     """
@@ -310,6 +310,8 @@ def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
     from tqdm import tqdm
     from transformers import GenerationConfig
 
+    training = model.training
+    model.eval()
     needed = needed or [16] * len(prompts)
     context = context_length(model)
     newlines = newline_ids(tokenizer)
@@ -321,8 +323,6 @@ def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
     # The checkpoint's own settings may sample or penalise repetition, and generate() takes from
     # them what its argument leaves open: so the model gets these for the time being.
     own = model.generation_config
-    training = model.training
-    model.eval()
     answers = [""] * len(prompts)
     bar = tqdm(total=len(prompts), desc="answering", unit="fact", leave=False, disable=None)
     try:
@@ -343,7 +343,7 @@ def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
                 while end < len(tokens) and tokens[end] not in stops:
                     end += 1
                 if end < len(tokens) and tokens[end] in newlines:
-                    end += 1                    # it may begin with the end of the answer
+                    end += 1        # this token may begin with the answer's last characters
                 text = tokenizer.decode(tokens[:end], skip_special_tokens=True,
                                         clean_up_tokenization_spaces=False)
                 answers[i] = text.split("\n")[0].strip()
@@ -475,7 +475,9 @@ def check_run(model, name, files, sets, run):
     import transformers
     out = Path(run["config"]["out"])
     weights = weights_hash(model)
-    start = os.path.relpath(name, out) if Path(name).exists() else name
+    start = name
+    if Path(name).exists():         # no name on the hub, and seen from wherever the run is read
+        start = os.path.relpath(Path(name).resolve(), out.resolve())
     new = [] if run["config"]["no_unknown"] else sets["unknown"]
     more = {"weights": weights, "start": start, "number": len(new),
             "width": model.config.get_text_config().hidden_size, "data": {},
@@ -553,13 +555,14 @@ def name_words(row):
 
 
 def write_answers(folder, sets, before, after):
-    """Write answers.jsonl into a run's folder: each held-out fact, its answers, and with them
+    """Write answers.jsonl into a run's folder: the held-out facts with their answers, and more.
 
-    words shared: how many words of its subject are in that of any new fact, "code" for codes,
-    which are one word each; if it was right before and is wrong after, origin: that of the new
-    answer, the first of ORIGINS that holds within the relation; and chance: {origin: its
-    probability}, were it the answer of a random fact of the relation that has another.
-    sets: {set: list of {"row": dict, …}}; before, after: of `evaluate_sets`.
+    words shared: how many words of the subject are in that of any new fact; "code" for codes,
+    which are one word each. If it was right before and is wrong after, origin: the first of
+    ORIGINS that holds of the new answer in its relation (with --no-unknown, of new facts that
+    were not taught); chance: {origin: share} of the answers of the relation's facts, those that
+    are right here left out. sets: {set: list of {"row": dict, …}}; before, after: of
+    `evaluate_sets`.
     """
     new_words = set()
     taught = defaultdict(set)       # (relation, answer) of new facts: words of their subjects
@@ -586,7 +589,7 @@ def write_answers(folder, sets, before, after):
 
     rows = []
     for i, example in enumerate(sets["heldout"]):
-        row = dict(example["row"])
+        row = example["row"] | {"words shared": None, "origin": None, "chance": None}
         for when, results in (("before", before), ("after", after)):
             row[when] = results["heldout"]["answers"][i]
             row[f"right_{when}"] = results["heldout"]["right"][i]
@@ -650,8 +653,8 @@ def read_run(folder):
 
     name: that of the folder. group: the name without the seed. metrics: the rows of stage 2, with
     learnt: of new facts, in steps of 5 %. facts: those held out, the rows of answers.jsonl, with
-    lost: 1 if right before and wrong after, −1 if the reverse, else 0; and hit: whether the new
-    wrong answer is that of a new fact that shares a word.
+    lost: 1 if right before and wrong after, −1 if the reverse, else 0; and hit: whether a new
+    wrong answer is that of a new fact that shares a word, None for other facts.
     """
     folder = Path(folder)
     run = read_jsonl(folder / "run.json", ["method", "config"])[0]
@@ -669,9 +672,8 @@ def read_run(folder):
         run["facts"] = read_jsonl(folder / "answers.jsonl", needed)
     for fact in run["facts"]:
         fact["lost"] = fact["right_before"] - fact["right_after"]
-        fact |= {"number": run.get("number"), "width": run.get("width")}
-        if "origin" in fact:
-            fact["hit"] = fact["origin"] == ORIGINS[0]
+        hit = fact["origin"] == ORIGINS[0] if fact["origin"] else None
+        fact |= {"hit": hit, "number": run.get("number"), "width": run.get("width")}
     return run
 
 
@@ -717,14 +719,14 @@ def compare(runs):
             if reached:
                 lost = metrics[0]["heldout"] - reached[0]["heldout"]
                 forgetting[f"at {share:.0%} learnt"] = 100 * lost
-        wrong = [fact for fact in facts if "origin" in fact]
+        wrong = [fact for fact in facts if fact["origin"]]
         if wrong:
             for origin in ORIGINS:
                 chances = [fact["chance"].get(origin, 0) for fact in wrong]
                 origins[origin] = 100 * np.mean([fact["origin"] == origin for fact in wrong])
                 origins[f"{origin}: by chance"] = 100 * np.mean(chances)
         name, right = first.setdefault(run.get("data", {}).get("heldout"), (run["name"], after))
-        if right is not after:
+        if right is not after:          # that is, unless this run is itself the first
             row["mcnemar"] = [name, *mcnemar(right, after)]
     return table
 
@@ -745,7 +747,10 @@ def print_table(title, lines, form):
 
     form: a format specification of numbers; mean ± standard deviation where there are several."""
     table = [[title, *lines]]
-    for x in dict.fromkeys(itertools.chain(*lines.values())):
+    columns = list(dict.fromkeys(itertools.chain(*lines.values())))
+    if all(isinstance(x, int) for x in columns):
+        columns.sort()
+    for x in columns:
         column = [str(x)]
         for line in lines.values():
             values = line.get(x, [])
@@ -785,7 +790,7 @@ def show(table, runs, examples):
     print_table("new wrong answers are those of, %",
                 join(groups, [row["origins"] for row in table]), ".1f")
     for run in runs:
-        wrong = [fact for fact in run["facts"] if "origin" in fact]
+        wrong = [fact for fact in run["facts"] if fact["origin"]]
         for fact in wrong[:examples]:
             print(f"\n{run['name']}, {fact['origin']}\n"
                   f"{fact['prompt']} {fact['before']} → {fact['after']}")
@@ -851,11 +856,11 @@ def drift(run, of, device):
     if not facts:
         return []
     folder = Path(run["name"])
-    start = folder / run["start"]
+    start = folder.resolve() / run["start"]
     if not start.exists():                          # a name on the hub
         start = run["start"]
     before = subject_states(start, beginnings, device, run["weights"])
-    paths = {0: folder}
+    paths = {0: folder}                             # epoch: its model; 0 stands for the last
     if of == "drift-epochs":
         paths = {0: folder / "before"}
         for path in folder.glob("epoch-[0-9]*"):
@@ -964,14 +969,14 @@ def main(argv=None):
         elif args.plot:
             for of in ("learnt", "kept", "plane"):
                 panels[of] = curves(runs, of, args.device)
+        if args.plot:
+            draw(panels, args.plot)
         if args.json:
-            print(json.dumps(panels or table, indent=1))
+            print(json.dumps(panels if args.of else table, indent=1))
         elif args.of:
             print_table(f"{AXES[args.of][3]}, by {AXES[args.of][2]}", panels[args.of], ".1f")
         else:
             show(table, runs, args.show)
-        if args.plot:
-            draw(panels, args.plot)
     except OSError as error:
         fail(f"{error}")
 

@@ -23,10 +23,10 @@ Nothing is generated for this. "Q: … Curie born?\\nA:" has the answer " Warsaw
 over both gives each token's probability. If each token is the likeliest of its position, and a
 newline or EOS after them, greedy decoding says just this: up to its first mistake it has read the
 same tokens. The product of the probabilities at T = 0.5, of the end's too, is the chance p that
-one sample says it, .06 for example. Any of the 16 samples of a prompt does with probability
-1 − (1 − p)^16 = .63; WeaklyKnown is, by our rule, what any sample of any prompt says with
-probability ≥ ½. An answer is scored as its tokenizer writes it. A model may also say it in other
-tokens, so both are lower bounds.
+one sample says it, .06 for example. At least one of 16 samples does with probability
+1 − (1 − p)^16 = .63; by our rule a fact is WeaklyKnown if at least one sample of all prompts is
+right with probability ≥ ½. An answer is scored as its tokenizer encodes it. A model may also say
+it in other tokens, so the greedy verdict and p are lower bounds.
 """
 import copy
 import csv
@@ -40,7 +40,6 @@ import random
 import re
 import shutil
 import sys
-import tempfile
 import uuid
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -85,7 +84,7 @@ class Config:
     overlap: int = option(2, "semantic: how many halves of a new name are of real names, 0 to 2")
     source: str = option("akariasai/PopQA", "table of real facts: file, folder or hub name")
     relations: str = option(None, "only these of it, as P17,P36")
-    max_facts: int = option(10000, "label at most so many, as many of each relation as there are")
+    max_facts: int = option(10000, "label at most so many, spread evenly over the relations")
     min_known: float = option(0.0, "leave out relations of which less is known; the paper: 0.3")
     # how they are asked
     prompts: int = option(10, "few-shot prompts a fact; with fewer, more of them are HighlyKnown")
@@ -117,10 +116,10 @@ def parse(argv=None):
         if getattr(config, flag) is None:
             setattr(config, flag, value)
     if config.n_known is None:
-        config.n_known = config.n_new
+        config.n_known = max(config.n_new, LEAST["known"])
     at_least = {"n_new": LEAST["unknown"], "n_known": LEAST["known"], "max_facts": 1, "prompts": 1,
                 "batch_size": 1, "n_names": 1, "width": 4}
-    # So many names and codes are surely distinct.
+    # Names run out at 6,400 and codes at 65,536: drawing more would not end.
     at_most = {"overlap": 2, "min_known": 1, "n_names": 3000, "n_codes": 30000}
     for flag, value in vars(config).items():
         least = at_least.get(flag, 0)
@@ -138,6 +137,9 @@ def parse(argv=None):
     out = Path(config.out).resolve()
     if out.exists() and not (config.overwrite and (out / "labelled.jsonl").exists()):
         fail(f"--out {config.out}: exists already; --overwrite replaces it if it is a fact folder")
+    for path in (config.source, config.model):
+        if out in Path(path).resolve().parents:
+            fail(f"--out {config.out}: {path} is in it; name another folder")
     return config
 
 
@@ -282,9 +284,8 @@ def read_table(path):
     if path.suffix == ".json":
         return list(enumerate(read_entity_questions(path), 1))
     if path.suffix == ".parquet":
-        from datasets import Dataset
-        with tempfile.TemporaryDirectory() as cache:        # kept, it would go stale
-            return list(enumerate(Dataset.from_parquet(str(path), cache_dir=cache).to_list(), 1))
+        from pyarrow import parquet
+        return list(enumerate(parquet.read_table(path).to_pylist(), 1))
     rows = []
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file, strict=True, delimiter="\t" if path.suffix == ".tsv" else ",")
@@ -309,6 +310,8 @@ def read_entity_questions(path):
     its question does not have in common with the others, in whole words."""
     rows = json.loads(path.read_text("utf-8"))
     questions = [row["question"] for row in rows]
+    if len(questions) < 2:
+        raise ValueError("one question alone does not show its subject")
     before = os.path.commonprefix(questions)
     before = before[:before.rfind(" ") + 1]
     after = os.path.commonprefix([question[::-1] for question in questions])[::-1]
@@ -350,10 +353,11 @@ def to_fact(row):
         if column == "object":
             found += texts(aliases)
             fact["answers"] = list(dict.fromkeys(text.split("\n")[0].strip() for text in found))
-        elif isinstance(row[column], list):
-            raise ValueError(f"{column} {row[column]!r} is no text")
+        elif isinstance(row[column], list) or "\n" in found[0]:
+            raise ValueError(f"{column} {row[column]!r} is no text of one line")
         else:
             fact[column] = found[0]
+    json.dumps(fact, ensure_ascii=False).encode()       # half of a character cannot be written
     return fact
 
 
@@ -362,9 +366,9 @@ def load_source(source, max_facts, seed, relations=None):
 
     source: a TSV, CSV, JSONL or Parquet file, a folder of them, or a data set's hub name; columns
     relation, subject, object, question and maybe aliases, or PopQA's (Mallen et al. 2023,
-    arXiv:2212.10511), aliases being a text or a JSON list; or EntityQuestions. Of a question that
-    stands there several times, in whatever spelling (see `normalize`), the answers are joined if
-    all rows share one, else it is left out: none would be right.
+    arXiv:2212.10511), aliases being a text or a JSON list; or EntityQuestions. Rows with the same
+    question, in whatever spelling (see `normalize`), become one fact with all their answers if
+    one of these is in every row; else they are left out, since none would be right.
     max_facts are drawn by `seed`, as evenly from the relations (of `relations`, a list) as there
     are facts. Ends the program at a row that cannot be read, by file and line.
     """
@@ -384,8 +388,7 @@ def load_source(source, max_facts, seed, relations=None):
                 elif relations and fact["relation"] not in relations:
                     left_out["of other relations"] += 1
                 else:
-                    question = " ".join(fact["question"].split())       # all its lines
-                    questions[normalize(question)].append(fact)
+                    questions[normalize(fact["question"])].append(fact)
     except Exception as error:  # many kinds: no such file, no network, a malformed line
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         fail(f"--source {place}: cannot be read ({reason}); give a TSV, CSV, JSONL or Parquet file "
@@ -446,12 +449,13 @@ def read_prefix(model, prefix, rest):
     name = "past_key_values"
     if "cache" in inspect.signature(model.forward).parameters:
         name = "cache"              # as transformers calls it since 5.24
-    prefix, rest = (torch.tensor([ids], device=model.device) for ids in (prefix, rest))
+    ids = torch.tensor([prefix + rest], device=model.device)
+    size = len(prefix)
     try:
-        cache = {name: model(input_ids=prefix, use_cache=True)[name]}
-        after = continue_from(model, cache, rest.repeat(2, 1))
-        whole = model(input_ids=torch.cat([prefix, rest], dim=1)).logits
-        model.keeps_prefix = alike(after[1:], whole[:, prefix.shape[1]:])
+        cache = {name: model(input_ids=ids[:, :size], use_cache=True)[name]}
+        after = continue_from(model, cache, ids[:, size:].repeat(2, 1))
+        whole = model(input_ids=ids).logits
+        model.keeps_prefix = alike(after[1:], whole[:, size:])
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
@@ -465,9 +469,9 @@ def read_prefix(model, prefix, rest):
 def spell(tokenizer, stops, prompt, answer):
     """How a model may say `answer` (str) to `prompt`: a set of (prompt ids, answer ids, end id).
 
-    The end is any of `stops`, which add nothing to the answer: -1; or one token that does, as
-    "s\\n" where a tokenizer puts letters and the newline into one token. There may be several
-    ways: "Co." also ends without its point, or with point and newline in one token.
+    The end is -1 if any of `stops` may follow, which add nothing to the answer; or else the one
+    token that finishes it, as "s\\n" of a tokenizer that puts letters and the newline together.
+    There may be several ways: "Co." also ends without its point.
     """
     newlines = newline_ids(tokenizer)
     ways = set()
@@ -507,11 +511,8 @@ def score_answers(model, tokenizer, prefix, facts, batch_size=64):
     ways = sorted(ways, reverse=True)   # the longest first: lack of memory shows at once
     if not ways:
         return greedy, probability
-    if ways[0][0] > context_length(model):
-        fail(f"a question behind its few-shot prompt has {ways[0][0]} tokens, more than the model "
-             f"reads, {context_length(model)}; lower --shots")
     with torch.no_grad():
-        # All but the last token, whose logits are those of the answer's first.
+        # All but the last token is shared, since that one's logits predict the answer's first.
         shared = len(os.path.commonprefix([question[:-1] for _, _, question, _, _ in ways]))
         example = ways[0][2]
         cache = read_prefix(model, example[:shared], example[shared:])
@@ -566,26 +567,30 @@ def label_facts(model, tokenizer, facts, config):
     """
     from tqdm import tqdm
     rng = random.Random(config.seed)
-    prompts = config.prompts if config.shots else 1
     relations = defaultdict(list)
     for fact in facts:
         relations[fact["relation"]].append(fact)
+    asked = []              # of each relation: its facts, and the prefixes of its prompts
+    for relation in sorted(relations):
+        rows = relations[relation]
+        rng.shuffle(rows)
+        prompts = config.prompts if config.shots else 1
+        aside = max(config.shots, min(config.shots * prompts, len(rows) // 10))
+        exemplars, rows = rows[:aside], rows[aside:]
+        prefixes = []
+        for _ in range(prompts if rows else 0):
+            shown = [to_row(fact) for fact in rng.sample(exemplars, config.shots)]
+            prefixes.append("".join(row["prompt"] + row["completion"] for row in shown))
+        asked.append((rows, prefixes))
+        check_lengths(model, tokenizer, rows, prefixes)
     labelled = []
-    total = prompts * len(facts)
+    total = sum(len(rows) * len(prefixes) for rows, prefixes in asked)
     with tqdm(total=total, desc="labelling", unit="question", disable=None) as bar:
-        for relation in sorted(relations):
-            rows = relations[relation]
-            rng.shuffle(rows)
-            aside = max(config.shots, min(config.shots * prompts, len(rows) // 10))
-            exemplars, rows = rows[:aside], rows[aside:]
+        for rows, prefixes in asked:
             scores = []
-            for _ in range(prompts if rows else 0):
-                prefix = ""
-                for fact in rng.sample(exemplars, config.shots):
-                    row = to_row(fact)
-                    prefix += row["prompt"] + row["completion"]
+            for prefix in prefixes:
                 scores.append(score_answers(model, tokenizer, prefix, rows, config.batch_size))
-                bar.update(len(relations[relation]))
+                bar.update(len(rows))
             for i, fact in enumerate(rows):
                 greedy = [right[i] for right, _ in scores]
                 probability = [chances[i] for _, chances in scores]
@@ -593,9 +598,21 @@ def label_facts(model, tokenizer, facts, config):
     return labelled
 
 
+def check_lengths(model, tokenizer, facts, prefixes):
+    """Refuse questions that are too long for the model behind the longest of the prefixes."""
+    rows = [to_row(fact) for fact in facts]
+    texts = [row["prompt"] + max(row["answers"], key=len) + "\n" for row in rows]
+    longest = 0
+    for pieces in (texts, prefixes):
+        longest += max((len(tokenize(tokenizer, text)[0]) for text in pieces), default=0)
+    if longest > context_length(model):
+        fail(f"a question behind its few-shot prompt may have {longest} tokens, but the model "
+             f"reads {context_length(model)}; lower --shots")
+
+
 # ------------------------------------------------------------------------------------- new facts
 
-def recombine(names, rng, overlap=2, real_words=frozenset()):
+def recombine(names, rng, overlap, real_words):
     """An invented name: the first half of the words of one of `names`, the last half of another's.
 
     Of the two halves `overlap` are real; in place of the others stand invented words that are not
@@ -631,7 +648,7 @@ def invent_facts(facts, config, rng):
         words.update(subject.split(), *(answer.split() for answer in fact["answers"]))
         if fact["kind"] == "name":
             named.add(subject)
-        if subject in fact["question"]:
+        if fact["question"].count(subject) == 1:        # "Who wrote W?" would be torn apart
             forms[relation][fact["question"].replace(subject, "{}")] += 1
     siblings = defaultdict(list)        # a name is recombined with others of its relation
     parents = []
@@ -747,13 +764,16 @@ def reuse_labels(folder, facts, wanted):
     """`facts` with their categories in the fact folder `folder`, refused if asked otherwise.
 
     wanted: of `label_settings`."""
-    made = json.loads((Path(folder) / "meta.json").read_text("utf-8")).get("labels", {})
-    for what, value in wanted.items():
-        if made.get(what) != value:
-            fail(f"--reuse {folder}: its labels are for {what} {made.get(what)!r}, not {value!r}")
     by_prompt = {to_row(fact)["prompt"]: fact for fact in facts}
-    rows = read_jsonl(Path(folder) / "labelled.jsonl", ["prompt", "category"])
-    return [by_prompt[row["prompt"]] | {"category": row["category"]} for row in rows]
+    try:
+        made = json.loads((Path(folder) / "meta.json").read_text("utf-8"))["labels"]
+        for what, value in wanted.items():
+            if made[what] != value:
+                fail(f"--reuse {folder}: its labels are for {what} {made[what]!r}, not {value!r}")
+        rows = read_jsonl(Path(folder) / "labelled.jsonl", ["prompt", "category"])
+        return [by_prompt[row["prompt"]] | {"category": row["category"]} for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        fail(f"--reuse {folder}: is not as it is made today ({error!r}); label the facts anew")
 
 
 def majority_accuracy(facts):
@@ -812,6 +832,8 @@ def make(config, folder):
     write_jsonl(folder / "labelled.jsonl", [to_row(fact) for fact in labelled])
     write_jsonl(folder / "meta.json", [meta])
     print(f"labelled: {dict(sum(counts.values(), Counter()))}; rows left out: {dict(+left_out)}")
+    if not kept:
+        fail(f"--min-known {config.min_known}: no relation is known so well: {dict(counts)}")
     sets = split_facts(facts, asked, config, random.Random(config.seed))
     for key, rows in sets.items():
         write_jsonl(folder / SETS[key], [to_row(fact) for fact in rows])
@@ -857,11 +879,11 @@ def main(argv=None):
     except (OSError, SafetensorError) as error:
         fail(f"{error}")
     finally:
-        labels = out.with_name(f"{out.name}-labels")
-        if (temporary / "labelled.jsonl").exists() and not (config.reuse or labels.exists()):
-            # The labels took long, and what failed came after them.
+        if (temporary / "labelled.jsonl").exists() and not config.reuse:
+            # What failed came after the labels, which took long.
+            labels = out.with_name(f"{out.name}-labels-{os.getpid()}")
             os.replace(temporary, labels)
-            print(f"the labels are kept: --reuse {config.out}-labels")
+            print(f"the labels are kept: --reuse {labels}")
         shutil.rmtree(temporary, ignore_errors=True)
     return Path(config.out)
 

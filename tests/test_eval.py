@@ -173,6 +173,19 @@ def test_models_that_mind_padding_answer_one_by_one(base, world, capsys, monkeyp
     assert capsys.readouterr().err.count("one by one") == 1
 
 
+def test_dropout_is_no_padding(base, world, capsys):
+    """A model in training mode, with dropout, is probed and asked without it."""
+    model = copy.deepcopy(base[0])
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    model.train()
+    if hasattr(model, "ignores_padding"):
+        del model.ignores_padding
+    assert evaluate(model, base[1], read_jsonl(world / "heldout_known.jsonl"))["accuracy"] == 1.0 and model.training
+    assert capsys.readouterr().err == ""
+
+
 def test_context_length(base):
     assert context_length(base[0]) == 128
     assert context_length(small("mpt", d_model=16, n_heads=2, n_layers=1, vocab_size=99, max_seq_len=77)) == 77
@@ -312,10 +325,9 @@ def test_show_and_ask(workplace):
     for words, named in ((["--show", -1], "--show -1"), (["--model", "x", "--facts", "facts/tiny", "--ask", "Who?"], "--ask")):
         assert named in refused(workplace, "eval_hallucination", *(["runs/sft_freeze"] if "--model" not in words else []), *words)
     # drift is measured from the weights that the run started from, or not at all
-    model, tokenizer = load_model(workplace / "facts/tiny/base")
-    model.lm_head.weight.data += 1
-    (workplace / "facts/tiny").unlink()
-    saved(model, tokenizer, workplace / "facts/tiny/base")
+    call(workplace, "eval_hallucination", "runs/sft_freeze", "--of", "drift-groups")
+    run = rows_of(workplace / "runs/sft_freeze/run.json")[0]
+    write_jsonl(workplace / "runs/sft_freeze/run.json", [run | {"weights": "others"}])
     assert "no longer the model" in refused(workplace, "eval_hallucination", "runs/sft_freeze", "--of", "drift")
 
 
@@ -418,7 +430,8 @@ def test_of(tmp_path, base, world):
         for of in ("kind", "number", "drift"):
             call(tmp_path, "eval_hallucination", *folders, "--of", of, "--plot", f"{of}.png")
             assert len((tmp_path / f"{of}.png").read_bytes()) > 5000
-    make_run(tmp_path / "bare", [True] * 8, facts=[{"prompt": "Who?", "completion": "x"}] * 8)
+    make_run(tmp_path / "bare", [True] * 8, facts=[{"prompt": "Who?", "completion": "x", "origin": "mine"}] * 8)
+    assert "mine" not in call(tmp_path, "eval_hallucination", "bare").stdout      # a column of the user's own
     assert "--of overlap: nothing" in call(tmp_path, "eval_hallucination", "bare", "--of", "overlap").stderr
     assert "--of" in refused(tmp_path, "eval_hallucination", "--model", "x", "--facts", "y", "--of", "kind")
 

@@ -149,6 +149,9 @@ def test_overlap_of_invented_names(base, labelled, overlap):
         assert first + last == overlap == sum(word in words for word in name.split()), name
         tokens = {token for r in real for token in tokenizer(f" {r}")["input_ids"]}
         assert sum(token in tokens for token in tokenizer(f" {name}")["input_ids"]) == overlap, name
+    torn = [{"subject": "W", "relation": "r", "question": "Who wrote W?", "answers": ["x"], "kind": "name"}]
+    with pytest.raises(SystemExit):                     # the W of Who is not the subject's
+        make_facts.invent_facts(torn, config("--new", "uuid"), random.Random(0))
     assert overlap != 1 or len({name.split()[0] in words for name in new}) == 2          # either half
     assert make_facts.recombine(["New York City", "Old Town"], random.Random(0), 0, {"New", "York", "City", "Old", "Town"}).count(" ") == 1
 
@@ -309,6 +312,24 @@ def test_the_prefix_goes_where_the_model_takes_it(base, labelled, accepts, capsy
 
 # ------------------------------------------------------------------------------------------------------- tables
 
+def test_no_place_of_an_input_or_stranger_is_overwritten(tmp_path, world, labelled):
+    """--out never deletes what is not a fact folder, the folder above, or one that holds the table or the model."""
+    table_of(labelled, tmp_path / "facts.tsv")
+    shutil.copytree(world, tmp_path / "made")
+    shutil.copy(tmp_path / "facts.tsv", tmp_path / "made")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/meta.json").write_text("{}")
+    (tmp_path / "below").mkdir()
+    before = contents(tmp_path)
+    words = ["--model", world / "base", "--source", tmp_path / "facts.tsv"]
+    for more, named in ((["--out", "mine", "--overwrite"], "exists already"), (["--out", "new/.."], "exists already"),
+                        (["--source", "made/facts.tsv", "--out", "made", "--overwrite"], "is in it"),
+                        (["--model", "made/base", "--out", "made", "--overwrite"], "is in it")):
+        assert named in refused(tmp_path, "make_facts", *words, *more), more
+    assert "exists already" in refused(tmp_path / "below", "make_facts", "--model", "..", "--source", "../facts.tsv")
+    assert contents(tmp_path) == before
+
+
 def test_popqa_from_a_local_folder(tmp_path):
     """PopQA's own layout: test.tsv with its columns, the aliases a JSON list in a string."""
     folder = tmp_path / "akariasai" / "PopQA"
@@ -372,6 +393,9 @@ BAD = {         # a table that is refused: its content, and what the error names
     "dict.jsonl": ('{"relation": "r", "subject": "s", "object": {"a": "b"}, "question": "q"}\n', "is no text"),
     "column.jsonl": ('{"relation": "r", "subject": "s", "question": "q"}\n', "no column object"),
     "blank.csv": ("relation,subject,object,question\nr,,o,q\n", "no facts"), "empty.csv": ("", "no facts"),
+    "lines.tsv": ('relation\tsubject\tobject\tquestion\nr\t"Ada\tX\tWho is Ada?\nr\tBob"\tY\tWho is Bob?\n', "one line"),
+    "half.tsv": ('relation\tsubject\tobject\tquestion\taliases\nr\ts\to\tq\t["\\ud83d"]\n', "half.tsv:2"),
+    "P1.train.json": ('[{"question": "Where was Ada born?", "answers": ["x"]}]', "one question alone"),
     "twice.csv": ("relation,subject,object,object,question\nr,s,o,p,q\n", "twice")}
 
 
@@ -472,6 +496,9 @@ def test_min_known_and_relations_of_a_folder(tmp_path, world, labelled):
     assert meta["labelled"]["home"] == {"Unknown": 30} and meta["relations_kept"] == sorted(make_facts.RELATIONS)
     assert {r["relation"] for name in make_facts.SETS.values() for r in rows_of(tmp_path / "x" / name)} == set(make_facts.RELATIONS)
     assert 0.02 < meta["majority_answer_accuracy"] < 0.5
+    assert "no relation is known so well" in refused(tmp_path, "make_facts", *words, "--relations", "home", "--min-known", 0.3, "--out", "z")
+    labels, = tmp_path.glob("z-labels-*")               # what took long is kept, and says how to go on
+    assert len(rows_of(labels / "labelled.jsonl")) == 30 and not (tmp_path / "z").exists()
     call(tmp_path, "make_facts", *words, "--relations", "birthplace,language", "--out", "y")
     assert {r["relation"] for r in rows_of(tmp_path / "y/labelled.jsonl")} == {"birthplace", "language"}
     assert json.loads((tmp_path / "y/meta.json").read_text())["left_out"] == {"of other relations": len(labelled) // 2 + 30}
@@ -497,6 +524,10 @@ def test_what_is_reused_must_fit(workplace, world, labelled, monkeypatch):
         assert f"its labels are for {named}" in refused(workplace, "make_facts", *SMALL_WORLD, *words, "--reuse", "facts/tiny", "--out", "x")
         assert contents(workplace) == before
     assert "no fact folder" in refused(workplace, "make_facts", *SMALL_WORLD, "--reuse", "facts", "--out", "x")
+    for name, meta in (("old", "{}"), ("list", "[]"), ("cut", '{"labels": ')):
+        shutil.copytree(world, workplace / name)
+        (workplace / name / "meta.json").write_text(meta)
+        assert "label the facts anew" in refused(workplace, "make_facts", *SMALL_WORLD, "--reuse", name, "--out", "x")
     table_of(labelled, workplace / "facts.tsv")
     shutil.copytree(world / "base", workplace / "model")
     words = ["--model", "model", "--source", "facts.tsv", "--shots", 0, "--n-new", 10, "--new", "uuid"]
