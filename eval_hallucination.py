@@ -672,6 +672,7 @@ def read_run(folder):
         run["facts"] = read_jsonl(folder / "answers.jsonl", needed)
     for fact in run["facts"]:
         fact["lost"] = fact["right_before"] - fact["right_after"]
+        fact.setdefault("origin", None)         # a run of earlier code does not know it
         hit = fact["origin"] == ORIGINS[0] if fact["origin"] else None
         fact |= {"hit": hit, "number": run.get("number"), "width": run.get("width")}
     return run
@@ -743,7 +744,7 @@ def join(groups, found):
 
 
 def print_table(title, lines, form):
-    """Print what `join` returned: a group a row, an x a column; on its side if it has many.
+    """Print what `join` returned: a group a row, an x a column, or the reverse if that is wide.
 
     form: a format specification of numbers; mean ± standard deviation where there are several."""
     table = [[title, *lines]]
@@ -761,8 +762,8 @@ def print_table(title, lines, form):
         table.append(column)
     if len(table) == 1:
         return
-    if len(table) <= 10:
-        table = list(zip(*table))
+    if sum(len(str(x)) for x in columns) < 80:
+        table = list(zip(*table))       # it fits in lines: a group each
     widths = [max(map(len, column)) for column in zip(*table)]
     print()
     for first, *cells in table:
