@@ -882,13 +882,11 @@ def draw(panels, path):
 
     A line is the mean of a group's runs, in a band of a standard deviation."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         fail("--plot needs matplotlib: pip install matplotlib")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(panels), figsize=(2 + 4 * len(panels), 4.5),
-                                squeeze=False, layout="constrained")
+    figure = Figure(figsize=(2 + 4 * len(panels), 4.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (of, lines) in zip(axes[0], panels.items()):
         for group, line in lines.items():
             xs = sorted(line)

@@ -278,14 +278,14 @@ def pretrain(text, width, seed, device, batch_size=64, peak=2e-3):
 # ------------------------------------------------------------------------------------ real facts
 
 def read_table(path):
-    """The rows of a table as they stand, text for text: list of (line, {column: value})."""
+    """The rows of a table as they stand, text for text: (line, {column: value}) of each."""
     if path.suffix == ".jsonl":
-        return list(enumerate(read_jsonl(path), 1))
+        return enumerate(read_jsonl(path), 1)
     if path.suffix == ".json":
-        return list(enumerate(read_entity_questions(path), 1))
+        return enumerate(read_entity_questions(path), 1)
     if path.suffix == ".parquet":
         from pyarrow import parquet
-        return list(enumerate(parquet.read_table(path).to_pylist(), 1))
+        return enumerate(parquet.read_table(path).to_pylist(), 1)
     rows = []
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file, strict=True, delimiter="\t" if path.suffix == ".tsv" else ",")
@@ -423,10 +423,8 @@ def to_row(fact):
     """The training row of a fact: `prompt` and `completion`, one text together, and its keys."""
     row = {"prompt": PROMPT.format(question=fact["question"]),
            "completion": f" {fact['answers'][0]}\n"}
-    for key in ("answers", "relation", "subject", "kind", "category"):
-        if key in fact:
-            row[key] = fact[key]
-    return row
+    keys = ("answers", "relation", "subject", "kind", "category")
+    return row | {key: fact[key] for key in keys if key in fact}
 
 
 def continue_from(model, cache, ids):
@@ -748,13 +746,10 @@ def digest(thing):
 
 def label_settings(model, tokenizer, facts, config):
     """{what: value} of all that labels depend on: where one differs, facts must be asked anew."""
-    encoded = []
-    for fact in facts:
-        row = to_row(fact)
-        encoded.append(tokenize(tokenizer, row["prompt"], row["completion"]))
-    settings = {}
-    for name in ("width", "prompts", "shots", "seed", "dtype"):
-        settings[name] = getattr(config, name)
+    rows = [to_row(fact) for fact in facts]
+    encoded = [tokenize(tokenizer, row["prompt"], row["completion"]) for row in rows]
+    names = ("width", "prompts", "shots", "seed", "dtype")
+    settings = {name: getattr(config, name) for name in names}
     return settings | {"weights": weights_hash(model), "facts": digest(facts), "template": PROMPT,
                        "tokenizer": digest([encoded, stop_ids(tokenizer, model)]),
                        "samples": SAMPLES, "temperature": TEMPERATURE}

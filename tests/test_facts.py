@@ -378,6 +378,22 @@ def test_tables_are_read_as_they_stand(tmp_path, ending):
     assert [f["subject"] for f in make_facts.load_source(str(path), 99, 0)[0]] == ["Ulm"]
 
 
+def test_parquet_is_read_as_it_stands(tmp_path, capsys):
+    """Texts come through unchanged, whatever the name of the file; columns of another type are refused."""
+    import pyarrow
+    from pyarrow import parquet
+    rows = [dict(zip(HEADER, ["P1", text, text, f"Where is {i} {text}?"])) | {"aliases": ["x", None]} for i, text in enumerate(ODD)]
+    path = tmp_path / "facts[1].parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    facts, _ = make_facts.load_source(str(path), 99, 0)
+    assert {f["subject"] for f in facts} == set(ODD) and all(f["answers"] == [f["subject"], "x"] for f in facts)
+    for value in (7, b"x", {"a": "b"}):
+        parquet.write_table(pyarrow.Table.from_pylist([rows[0] | {"object": value}]), path)
+        with pytest.raises(SystemExit):
+            make_facts.load_source(str(path), 99, 0)
+        assert "is no text" in capsys.readouterr().err
+
+
 BAD = {         # a table that is refused: its content, and what the error names
     "five.csv": ("relation,subject,object,question\njob,Ada,Baker,What?\njob,Ada Vell,Baker,What?,checked\n", "five.csv: cannot be read (line 3"),
     "three.tsv": ("relation\tsubject\tobject\tquestion\njob\tAda\tBaker\n", "line 2"),
