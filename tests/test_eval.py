@@ -436,6 +436,14 @@ def test_of(tmp_path, base, world):
     assert "--of" in refused(tmp_path, "eval_hallucination", "--model", "x", "--facts", "y", "--of", "kind")
 
 
+def test_number_of_new_facts(workplace, tmp_path):
+    """It counts what is trained on, and leaves the name of the group where it stands alone there."""
+    call(workplace, "sft_baseline", "--epochs", 1, "--no-unknown", "--out", "bare")
+    call(workplace, "sft_baseline", "--epochs", 1, "--out", "x-240-24-0")
+    assert [rows_of(workplace / name / "run.json")[0]["number"] for name in ("bare", "x-240-24-0")] == [0, 24]
+    assert list(curves([read_run(workplace / "x-240-24-0")], "number", None)) == [str(workplace / "x-240")]
+
+
 def test_plot(tmp_path):
     """A picture with matplotlib; without it one line that says how to get it."""
     make_run(tmp_path / "a", [True, False] * 4)

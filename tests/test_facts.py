@@ -186,6 +186,23 @@ def test_no_object_dominates():
     assert counts == {("a", "English"): 10, ("a", "french."): 10, ("a", "Thai"): 10, ("b", "English"): 1}
 
 
+def test_questions_that_are_too_long_are_refused_before_any_is_asked(base, labelled, monkeypatch, capsys):
+    monkeypatch.setattr(make_facts, "score_answers", None)
+    facts = facts_of(labelled) + [{"relation": "z", "subject": str(i), "question": "Genis " * 99, "answers": ["Ulm"], "kind": "name"}
+                                  for i in range(9)]
+    with pytest.raises(SystemExit):
+        make_facts.label_facts(*base, facts, config("--shots", 4, "--prompts", 2))
+    assert "lower --shots" in capsys.readouterr().err
+
+
+def test_logits_that_are_no_numbers_are_no_label(base, labelled, capsys):
+    model = copy.deepcopy(base[0])
+    model.transformer.ln_f.weight.data[0] = math.nan
+    with pytest.raises(SystemExit):
+        make_facts.score_answers(model, base[1], "", facts_of(labelled[:3]))
+    assert "no numbers" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------- one tokenization, for every tokenizer
 
 ANSWERS = ["Genis Co.", "Ulm", "St. Ulm", "Made", "Genis Ulm", "Where", "Who Co.", "A."]
