@@ -290,8 +290,8 @@ def test_origins_by_hand(tmp_path):
     sets["heldout"] = [fact(subject, "job", right) for subject, right, _ in heldout]
     new = [answer for *_, answer in heldout]
     before = {key: {"accepted": [row["answers"] for row in rows]} for key, rows in sets.items()}
-    before["known"]["accepted"][0] = ["Cook", "Nobody"]                 # a second answer counts as some fact's
-    new[4] = "Someone"
+    before["known"]["accepted"][0] = ["Cook", "Chef"]                   # a second answer counts as some fact's
+    new[3] = "Chef"
     before["heldout"] |= {"answers": ["Monk"] * 6, "right": [True] * 6}
     write_answers(tmp_path, {key: [{"row": row} for row in rows] for key, rows in sets.items()}, before,
                   {"heldout": {"answers": new, "right": [False] * 5 + [True]}})

@@ -209,7 +209,7 @@ ANSWERS = ["Genis Co.", "Ulm", "St. Ulm", "Made", "Genis Ulm", "Where", "Who Co.
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "letters and newline"])
-def test_labels_are_what_generation_says(family, monkeypatch):
+def test_labels_are_what_generation_says(family, monkeypatch, capsys):
     """On a model that knows its facts, by each kind of tokenizer: greedy by the closed form is exact match of what `generate`
     gives, behind exemplars too, and what is known is labelled so."""
     tokenizer = tokenizer_of(family)
@@ -249,6 +249,7 @@ def test_labels_are_what_generation_says(family, monkeypatch):
     monkeypatch.setattr(random.Random, "sample", lambda rng, exemplars, n: facts[:n])
     labelled = make_facts.label_facts(model, tokenizer, facts, config("--prompts", 2, "--shots", 1))
     assert {fact["category"] for fact in labelled} == {"HighlyKnown"} and len(labelled) == 7
+    assert "cache" not in capsys.readouterr().err
 
 
 def test_every_token_with_a_newline_ends_an_answer():
