@@ -475,7 +475,9 @@ def save_state(path, state):
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         torch.save(state, temporary)
-    except RuntimeError as error:       # what torch makes of a full disk
+    except RuntimeError as error:       # what torch makes of a full disk, and of Ctrl-C
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__
         raise OSError(f"{path}: {error}")
     temporary.replace(path)
 

@@ -98,6 +98,18 @@ def test_sigkill_in_a_write(workplace):
     assert "is finished" in call(workplace, "sft_selfdistill", *halves).stdout
 
 
+def test_ctrl_c_within_a_write_is_no_full_disk(tmp_path, monkeypatch):
+    """torch.save makes a RuntimeError of what comes up while it writes."""
+    def save(*args):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise RuntimeError("unexpected pos 64 vs 0")
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        sft_baseline.save_state(tmp_path / "state.pt", {})
+
+
 def test_ctrl_c_says_how_to_go_on(workplace):
     words = [sys.executable, "-u", "sft_baseline.py", "--epochs", "500", "--out", "x"]
     with subprocess.Popen(words, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
