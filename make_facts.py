@@ -55,7 +55,6 @@ from eval_hallucination import (PROMPT, SETS, alike, context_length, exact_match
 TEMPERATURE = 0.5           # SLiCK, section 3
 SAMPLES = 16                # of each prompt, as in SLiCK; Kaplan et al. 2026: 20
 PRETRAIN_EPOCHS = 24        # passes over the invented world's text
-CATEGORIES = ["HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown"]
 LEAST = {"heldout": 20, "known": 10, "unknown": 4}      # with fewer facts a comparison says nothing
 TABLES = [".tsv", ".csv", ".jsonl", ".parquet"]
 COLUMNS = ["relation", "subject", "object", "question"]
@@ -599,10 +598,10 @@ def label_facts(model, tokenizer, facts, config):
 def check_lengths(model, tokenizer, facts, prefixes):
     """Refuse questions that are too long for the model behind the longest of the prefixes."""
     rows = [to_row(fact) for fact in facts]
-    texts = [row["prompt"] + max(row["answers"], key=len) + "\n" for row in rows]
+    questions = [row["prompt"] + max(row["answers"], key=len) + "\n" for row in rows]
     longest = 0
-    for pieces in (texts, prefixes):
-        longest += max((len(tokenize(tokenizer, text)[0]) for text in pieces), default=0)
+    for pieces in (questions, prefixes):
+        longest += max((len(tokenize(tokenizer, piece)[0]) for piece in pieces), default=0)
     if longest > context_length(model):
         fail(f"a question behind its few-shot prompt may have {longest} tokens, but the model "
              f"reads {context_length(model)}; lower --shots")
