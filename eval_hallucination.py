@@ -527,7 +527,8 @@ def check_weights(folder, weights, name):
     labelled = json.loads((folder / "meta.json").read_text("utf-8")).get("weights")
     if labelled == weights:
         return
-    for earlier in (Path(name), Path(name).parent):     # a run, or before/ and epoch-N/ in it
+    # name may be a run, or before/ or epoch-N/ in one, that started from the labelled model.
+    for earlier in (Path(name), Path(name).parent):
         run = earlier / "run.json"
         if run.is_file() and json.loads(run.read_text("utf-8")).get("weights") == labelled:
             print(f"note: {folder} says what the model knew from which {name} was trained")
@@ -660,10 +661,9 @@ def read_run(folder):
     run = read_jsonl(folder / "run.json", ["method", "config"])[0]
     run["name"] = str(folder)
     run["group"] = run["name"].removesuffix(f"-{run['config'].get('seed')}")
-    run["metrics"] = []
-    for row in read_jsonl(folder / "metrics.jsonl", ["stage", "epoch"]):
-        if row["stage"] == 2:
-            run["metrics"].append(row)
+    metrics = read_jsonl(folder / "metrics.jsonl", ["stage", "epoch"])
+    run["metrics"] = [row for row in metrics if row["stage"] == 2]
+    for row in run["metrics"]:
         if "unknown" in row:
             row["learnt"] = 5 * round(20 * row["unknown"])
     run["facts"] = []
@@ -814,6 +814,7 @@ def curves(runs, of, device):
         elif value in ("unknown", "heldout"):
             rows = run["metrics"]
         found.append(mean_by(rows, key, value))
+        # Of another x runs know nothing, and no name has a part "-None".
         groups.append(re.sub(f"-{run.get(key)}(?=-|$)", "", run["group"]))
     return join(groups, found)
 

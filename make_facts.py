@@ -845,11 +845,8 @@ def find_files(config):
     if not (folder / "meta.json").exists():
         main(["--model", config.model, "--out", config.facts, "--device", config.device,
               "--dtype", config.dtype])
-    files = {"unknown": config.train, "known": config.known, "heldout": config.heldout}
-    for name, file in SETS.items():
-        if files[name] is None:
-            files[name] = str(folder / file)
-    return files
+    named = {"unknown": config.train, "known": config.known, "heldout": config.heldout}
+    return {key: named[key] or str(folder / file) for key, file in SETS.items()}
 
 
 def main(argv=None):

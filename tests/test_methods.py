@@ -337,15 +337,15 @@ def test_shared_functions_are_identical():
     assert functions_of("eval_hallucination")["tokenize"] == shared["sft_baseline"]["tokenize"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_scripts_are_plain(method):
+@pytest.mark.parametrize("name, longest", [*((method, 80) for method in METHODS), ("make_facts", 60), ("eval_hallucination", 60)])
+def test_scripts_are_plain(name, longest):
     """What makes a script readable, held where it is: line width, lambdas, length of functions, number of parameters."""
-    text = (ROOT / f"{method}.py").read_text("utf-8")
+    text = (ROOT / f"{name}.py").read_text("utf-8")
     assert max(map(len, text.splitlines())) <= 100
     for node in ast.walk(ast.parse(text)):
         assert not isinstance(node, (ast.Lambda, ast.NamedExpr))
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 80 and len(node.args.args) <= 7, node.name
+            assert node.end_lineno - node.lineno < longest and len(node.args.args) <= 7, node.name
 
 
 def test_eval_every_measures_less_and_trains_the_same(workplace):
