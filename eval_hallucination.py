@@ -97,7 +97,7 @@ def check_row(row, needed):
         if not isinstance(row.get(key), (str, type(None))):
             raise ValueError(f"{key} {row[key]!r} is no text")
     answers = texts(row.get("answers"))                 # raises it too
-    if "completion" in needed and not answers and not row["completion"].strip():
+    if "prompt" in needed and not answers and not texts(row.get("completion")):
         raise ValueError("no answer")
     json.dumps(row, ensure_ascii=False).encode()        # half of a character cannot be written
 
@@ -157,7 +157,7 @@ def accepted_answers(row, tokenizer=None):
     Special tokens are taken away, as they are from what a model says.
     """
     accepted = []
-    for text in texts(row.get("answers")) or [row["completion"]]:
+    for text in texts(row.get("answers")) or texts(row["completion"]):
         if tokenizer is not None:
             for token in special_tokens(tokenizer):
                 text = text.replace(token, "")
@@ -363,8 +363,11 @@ def evaluate(model, tokenizer, rows, batch_size=64):
     rows: dicts with `prompt` and `answers` (a text or a list) or else `completion`. Returns
     {"accuracy": 0..1, None without rows, "answers": list of str, "right": list of bool,
     "accepted": lists of str, a row each}. The model answers in eval mode, in whatever precision
-    the caller's autocast sets. Raises ValueError where answers are no texts.
+    the caller's autocast sets. Raises ValueError for rows without prompt or answer, and where
+    these are no texts.
     """
+    for row in rows:
+        check_row(row, ["prompt"])
     accepted = [accepted_answers(row, tokenizer) for row in rows]
     needed = []
     for answers in accepted:
@@ -862,11 +865,13 @@ def drift(run, of, device):
     if not start.exists():                          # a name on the hub
         start = run["start"]
     before = subject_states(start, beginnings, device, run["weights"])
-    paths = {0: folder}                             # epoch: its model; 0 stands for the last
+    paths = {"last": folder}                        # epoch: its model
     if of == "drift-epochs":
-        paths = {0: folder / "before"}
+        paths = {}
         for path in folder.glob("epoch-[0-9]*"):
             paths[int(path.name.removeprefix("epoch-"))] = path
+        if paths:
+            paths[0] = folder / "before"
     rows = []
     for epoch, path in paths.items():
         after = subject_states(path, beginnings, device)
@@ -965,7 +970,7 @@ def main(argv=None):
             panels[args.of] = curves(runs, args.of, args.device)
             if not any(panels[args.of].values()):
                 note(f"--of {args.of}: nothing to show; it takes held-out facts, with kinds, and "
-                     "new ones, with subjects to share words with")
+                     "new ones, with subjects to share words with; epochs: --save-every-epoch")
         elif args.plot:
             for of in ("learnt", "kept", "plane"):
                 panels[of] = curves(runs, of, args.device)

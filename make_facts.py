@@ -324,6 +324,8 @@ def read_entity_questions(path):
 def find_tables(source):
     """Paths of the tables of a file, a folder or a hub data set; EntityQuestions: of train/."""
     path = Path(source)
+    if path.suffix in TABLES and not path.exists():
+        raise FileNotFoundError("no such file")
     if not path.exists():
         from huggingface_hub import snapshot_download
         patterns = [f"*{ending}" for ending in TABLES + [".train.json"]]
@@ -732,7 +734,8 @@ def split_facts(facts, labelled, config, rng):
                  f"{dict(counts)}. Raise --max-facts, lower --prompts (fewer prompts, more "
                  "HighlyKnown) or --shots (fewer exemplars set aside), or take another model")
         if len(rows) < wanted.get(key, 0):
-            print(f"{len(rows)} instead of {wanted[key]} facts in {SETS[key]}: there are no more")
+            print(f"{len(rows)} instead of {wanted[key]} facts in {SETS[key]}: there are no more, "
+                  "and at most half of those that it knows are trained on")
     return sets
 
 

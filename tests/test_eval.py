@@ -102,6 +102,9 @@ def test_evaluate(base, world):
     model.eval()
     begun = generate_answers(*base, [rows[0]["prompt"]], [1])
     assert begun == [f"{answer} [cut off]"] and not exact_match(begun[0], [answer])
+    for row in ({"question": "Who?"}, {"prompt": "Who?"}, {"prompt": "", "answers": ["He"]}, {"prompt": "Who?", "completion": " \n"}):
+        with pytest.raises(ValueError, match="^no "):
+            evaluate(*base, [row])
     for answers in (7, [7], {"a": "Ulm"}, ["Ulm", True]):
         with pytest.raises(ValueError, match="is no text"):
             evaluate(*base, [rows[0] | {"answers": answers}])
@@ -430,6 +433,8 @@ def test_of(tmp_path, base, world):
         for of in ("kind", "number", "drift"):
             call(tmp_path, "eval_hallucination", *folders, "--of", of, "--plot", f"{of}.png")
             assert len((tmp_path / f"{of}.png").read_bytes()) > 5000
+    shutil.rmtree(tmp_path / "same-0/epoch-10")
+    assert "--save-every-epoch" in call(tmp_path, "eval_hallucination", "same-0", "--of", "drift-epochs").stderr
     make_run(tmp_path / "bare", [True] * 8, facts=[{"prompt": "Who?", "completion": "x", "origin": "mine"}] * 8)
     assert "mine" not in call(tmp_path, "eval_hallucination", "bare").stdout      # a column of the user's own
     assert "--of overlap: nothing" in call(tmp_path, "eval_hallucination", "bare", "--of", "overlap").stderr

@@ -136,7 +136,7 @@ def test_bad_input_of_freeze(workplace, words, named):
 @pytest.mark.parametrize("script, words, named", [
     ("make_facts", "--out facts/tiny", "--overwrite"), ("make_facts", "--new old", "old"), ("make_facts", "--n-new 0", "--n-new 0"),
     ("make_facts", "--width 6", "4 heads"), ("make_facts", "--source good.csv", "invented"),
-    ("make_facts", "--model ok --source absent.tsv", "absent.tsv"), ("make_facts", "--model ok --source bad.csv", "no column object"),
+    ("make_facts", "--model ok --source absent.tsv", "absent.tsv: cannot be read (no such file)"), ("make_facts", "--model ok --source bad.csv", "no column object"),
     ("make_facts", "--model ok --source bad.txt", "bad.txt"), ("make_facts", "--model ok --source latin.csv", "latin.csv"),
     ("make_facts", "--model ok --source empty.csv", "empty.csv"), ("make_facts", "--model ok --source ragged.csv", "line 2"),
     ("make_facts", "--model ok --source cut.jsonl", "cut.jsonl"), ("make_facts", "--model no-such-model --source good.csv", "no-such-model"),
