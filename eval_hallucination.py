@@ -37,6 +37,7 @@ from pathlib import Path
 import numpy as np
 
 PROMPT = "Q: {question}\nA:"
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 SETS = {"unknown": "train_unknown.jsonl", "known": "train_known.jsonl",
         "heldout": "heldout_known.jsonl"}
 # Where a new wrong answer comes from: the first of these that holds.
@@ -141,7 +142,7 @@ def normalize(text):
     spaces. An article stays where nothing else does ("A."), and so does punctuation ("?").
     """
     line = unicodedata.normalize("NFKC", text).strip().split("\n")[0].strip().lower()
-    words = line.translate(str.maketrans("", "", string.punctuation))
+    words = line.translate(NO_PUNCTUATION)
     kept = re.sub(r"\b(a|an|the)\b", " ", words)
     return " ".join(kept.split()) or " ".join(words.split()) or line
 
@@ -151,16 +152,15 @@ def exact_match(answer, accepted):
     return normalize(answer) in [normalize(text) for text in accepted]
 
 
-def accepted_answers(row, tokenizer=None):
+def accepted_answers(row, special=()):
     """The answers that count as right for a row (list of str): `answers`, or else its completion.
 
-    Special tokens are taken away, as they are from what a model says.
+    special: of `special_tokens`; they are taken away, as they are from what a model says.
     """
     accepted = []
     for text in texts(row.get("answers")) or texts(row["completion"]):
-        if tokenizer is not None:
-            for token in special_tokens(tokenizer):
-                text = text.replace(token, "")
+        for token in special:
+            text = text.replace(token, "")
         accepted.append(text)
     return texts(accepted)
 
@@ -368,7 +368,8 @@ def evaluate(model, tokenizer, rows, batch_size=64):
     """
     for row in rows:
         check_row(row, ["prompt"])
-    accepted = [accepted_answers(row, tokenizer) for row in rows]
+    special = special_tokens(tokenizer)
+    accepted = [accepted_answers(row, special) for row in rows]
     needed = []
     for answers in accepted:
         lengths = [len(tokenizer(f" {answer}")["input_ids"]) for answer in answers]
@@ -585,31 +586,33 @@ def write_answers(folder, sets, before, after):
             if key == "unknown":
                 new_words |= name_words(row)
 
-    def origin(row, answer):
-        place = (row.get("relation"), answer)
+    def origin(relation, words, answer):
+        place = (relation, answer)
         if place in taught:
-            return ORIGINS[0] if name_words(row) & taught[place] else ORIGINS[1]
+            return ORIGINS[0] if words & taught[place] else ORIGINS[1]
         return ORIGINS[2] if place in stated else ORIGINS[3]
 
     rows = []
     for i, example in enumerate(sets["heldout"]):
         row = example["row"] | {"words shared": None, "origin": None, "chance": None}
+        relation = row.get("relation")
+        words = name_words(row)
         for when, results in (("before", before), ("after", after)):
             row[when] = results["heldout"]["answers"][i]
             row[f"right_{when}"] = results["heldout"]["right"][i]
         if row.get("kind") == "code":
             row["words shared"] = "code"
-        elif name_words(row) and new_words:
-            row["words shared"] = str(len(name_words(row) & new_words))
+        elif words and new_words:
+            row["words shared"] = str(len(words & new_words))
         if row["right_before"] and not row["right_after"]:
-            row["origin"] = origin(row, normalize(row["after"]))
-            others = drawn[row.get("relation")].copy()
+            row["origin"] = origin(relation, words, normalize(row["after"]))
+            others = drawn[relation].copy()
             for answer in before["heldout"]["accepted"][i]:
                 others.pop(normalize(answer), None)
-            chance = Counter()
+            total = others.total()
+            row["chance"] = Counter()
             for answer, n in others.items():
-                chance[origin(row, answer)] += n / others.total()
-            row["chance"] = chance
+                row["chance"][origin(relation, words, answer)] += n / total
         rows.append(row)
     if rows:
         write_jsonl(Path(folder) / "answers.jsonl", rows)
@@ -964,7 +967,7 @@ def main(argv=None):
         runs = [read_run(folder) for folder in args.runs]
         if args.ask:
             return ask(runs, args.ask, args.device)
-        table = compare(runs)
+        table = compare(runs)       # with --of too: it refuses groups whose settings differ
         panels = {}
         if args.of:
             panels[args.of] = curves(runs, args.of, args.device)

@@ -14,7 +14,7 @@ import torch
 import transformers
 from conftest import ROOT, call, refused, rows_of
 from eval_hallucination import (ORIGINS, accepted_answers, compare, context_length, curves, evaluate, exact_match, generate_answers,
-                                load_model, make_batches, mcnemar, normalize, read_jsonl, read_run, stop_ids, tokenize,
+                                load_model, make_batches, mcnemar, normalize, read_jsonl, read_run, special_tokens, stop_ids, tokenize,
                                 weights_hash, wilson, write_answers, write_jsonl)
 
 
@@ -94,7 +94,7 @@ def test_evaluate(base, world):
     for written in (answer, [None, answer, ""], f" {answer}<|endoftext|>", [f"{answer}\nQ: Who?"]):
         assert evaluate(*base, [rows[0] | {"answers": written}])["accuracy"] == 1.0, written
     assert evaluate(*base, [{"prompt": rows[0]["prompt"], "completion": f" {answer}<|endoftext|>\n"}])["accuracy"] == 1.0
-    assert accepted_answers({"completion": "Ulm<|endoftext|>\n<|endoftext|>"}, tokenizer) == ["Ulm"]
+    assert accepted_answers({"completion": "Ulm<|endoftext|>\n<|endoftext|>"}, special_tokens(tokenizer)) == ["Ulm"]
     # an answer that is cut off is not right, whatever stands there by then; training mode is left as it was
     model = base[0]
     model.train()
