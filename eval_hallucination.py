@@ -6,6 +6,8 @@ Compare runs of the sft_*.py scripts from the files that they left (no model is 
     python eval_hallucination.py runs/baseline-tiny-0 runs/selfdistill-tiny-0 --show 5
 Why did they forget? Forgetting by kind of fact, by overlap of names; drift of representations:
     python eval_hallucination.py runs/semantic-[0-2] runs/uuid-[0-2] --of kind --plot kinds.png
+Forget less without training: go back a part of the way to the model before stage 2:
+    python eval_hallucination.py --model runs/baseline-tiny-0 --interpolate 0.7 --facts facts/tiny
 Put one question to the models, before stage 2 and after:
     python eval_hallucination.py runs/baseline-tiny-0 --ask "What is the capital of France?"
 Score a model in a project of your own:
@@ -19,6 +21,7 @@ never trained on, *forgetting* the drop of the latter, here in points from the m
 stage 2 to the model after.
 """
 import argparse
+import copy
 import functools
 import hashlib
 import itertools
@@ -912,14 +915,43 @@ def draw(panels, path):
 
 # ---------------------------------------------------------------------------------- the program
 
+def interpolate(model, before, after, share):
+    """Give `model` the weights θ_before + share · (θ_after − θ_before): WiSE-FT, arXiv:2109.01903.
+
+    before, after: {name: weights}, of models of one architecture; share: α, 0 to 1."""
+    import torch
+    with torch.no_grad():
+        for name, weight in model.state_dict().items():
+            if weight.is_floating_point():
+                weight.copy_(torch.lerp(before[name], after[name], share))
+
+
 def score(args):
-    """Print the accuracies, in fp32, of --model on the three sets of --facts, a set a line."""
-    model, tokenizer = load_model(args.model, args.device)
+    """Print the accuracies, in fp32, of --model on the three sets of --facts, a set a line.
+
+    With --interpolate, of each mixture of the model before stage 2 with it; a single one is saved
+    as --out, an ordinary checkpoint. That costs memory for three models."""
+    sets = {}
     for key, file in SETS.items():
-        rows = read_jsonl(Path(args.facts) / file, ["prompt", "completion"])
-        result = evaluate(model, tokenizer, rows, args.batch_size)
-        print(json.dumps({"set": key, "accuracy": result["accuracy"], "n": len(rows),
-                          "interval": wilson(sum(result["right"]), len(rows))}))
+        sets[key] = read_jsonl(Path(args.facts) / file, ["prompt", "completion"])
+    model, tokenizer = load_model(args.model, args.device)
+    if args.interpolate:
+        before = load_model(f"{args.model}/before", args.device)[0].state_dict()
+        after = copy.deepcopy(model.state_dict())
+    for share in args.interpolate or [None]:
+        line = {}
+        if share is not None:
+            interpolate(model, before, after, share)
+            line["interpolate"] = share
+        for key, rows in sets.items():
+            result = evaluate(model, tokenizer, rows, args.batch_size)
+            line |= {"set": key, "accuracy": result["accuracy"], "n": len(rows),
+                     "interval": wilson(sum(result["right"]), len(rows))}
+            print(json.dumps(line), flush=True)
+    if args.out:
+        model.save_pretrained(args.out)
+        tokenizer.save_pretrained(args.out)
+        print(f"saved {args.out}")
 
 
 def ask(runs, question, device):
@@ -940,6 +972,9 @@ def parse(argv=None):
     add("runs", nargs="*", help="run folders of the sft_*.py scripts; GROUP-SEED share a row")
     add("--model", help="score this model instead: hub name or local folder")
     add("--facts", help="fact folder of make_facts.py, with --model")
+    add("--interpolate", nargs="+", type=float, metavar="α", help="with --model RUN: score the "
+        "weights at such shares, 0 to 1, of the way from RUN/before to RUN")
+    add("--out", help="folder, not there yet, to save the model of a single α in")
     add("--batch-size", type=int, default=64, help="prompts answered at once (default: 64)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
     add("--show", type=int, default=0, metavar="N", help="print N hallucinations of each run")
@@ -953,6 +988,11 @@ def parse(argv=None):
         fail("name run folders to compare, or --model and --facts to score a model (see --help)")
     if args.model and (args.plot or args.ask or args.show or args.of):
         fail("--plot, --of, --ask and --show take run folders, not --model")
+    shares = args.interpolate or []
+    if shares and not args.model or any(not 0 <= share <= 1 for share in shares):
+        fail(f"--interpolate {shares}: shares from 0 to 1, of a run named by --model")
+    if args.out and (len(shares) != 1 or Path(args.out).exists()):
+        fail(f"--out {args.out}: a folder that is not there yet, for one --interpolate α")
     if args.batch_size < 1 or args.show < 0:
         fail(f"--batch-size {args.batch_size}, --show {args.show}: must be at least 1 and 0")
     return args

@@ -440,7 +440,8 @@ def read_prefix(model, prefix, rest):
     """Keys and values of the token ids `prefix`, {argument: cache}, or {} if they are unusable.
 
     They are tried on `rest`, token ids: not every model goes on from a cache as from the text,
-    recurrent ones above all, and one that ignores an argument would not see the prefix.
+    recurrent ones above all, and one that ignores an argument would not see the prefix. Without
+    autocast: the rounding of bf16 can be larger than what is looked for.
     """
     import torch
     if not prefix or not getattr(model, "keeps_prefix", True):
@@ -451,10 +452,12 @@ def read_prefix(model, prefix, rest):
     ids = torch.tensor([prefix + rest], device=model.device)
     size = len(prefix)
     try:
-        cache = {name: model(input_ids=ids[:, :size], use_cache=True)[name]}
-        after = continue_from(model, cache, ids[:, size:].repeat(2, 1))
-        whole = model(input_ids=ids).logits
+        with torch.autocast(model.device.type, enabled=False):
+            cache = {name: model(input_ids=ids[:, :size], use_cache=True)[name]}
+            after = continue_from(model, cache, ids[:, size:].repeat(2, 1))
+            whole = model(input_ids=ids).logits
         model.keeps_prefix = alike(after[1:], whole[:, size:])
+        cache = {name: model(input_ids=ids[:, :size], use_cache=True)[name]}
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):

@@ -334,6 +334,29 @@ def test_show_and_ask(workplace):
     assert "no longer the model" in refused(workplace, "eval_hallucination", "runs/sft_freeze", "--of", "drift")
 
 
+def test_interpolate(workplace):
+    """α 0 and 1 score as the two models do; between them the weights are means, and are saved as an ordinary checkpoint."""
+    call(workplace, "sft_baseline", "--epochs", 12, "--learning-rate", 4e-3, "--out", "runs/a")
+    words = ["--model", "runs/a", "--facts", "facts/tiny"]
+    done = call(workplace, "eval_hallucination", *words, "--interpolate", 0, 0.25, 1)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line.pop("interpolate") for line in lines] == [0, 0, 0, 0.25, 0.25, 0.25, 1, 1, 1]
+    before = call(workplace, "eval_hallucination", "--model", "runs/a/before", *words[2:]).stdout
+    after = call(workplace, "eval_hallucination", *words).stdout
+    assert lines[:3] + lines[6:] == [json.loads(line) for line in (before + after).splitlines()]
+    assert lines[0]["accuracy"] < 0.3 and lines[6]["accuracy"] > 0.9
+    done = call(workplace, "eval_hallucination", *words, "--interpolate", 0.25, "--out", "mixed")
+    models = [load_model(str(workplace / name))[0].state_dict() for name in ("runs/a/before", "runs/a", "mixed")]
+    for name, weight in models[2].items():
+        torch.testing.assert_close(weight, 0.75 * models[0][name] + 0.25 * models[1][name])
+    scored = call(workplace, "eval_hallucination", "--model", "mixed", *words[2:]).stdout
+    assert [json.loads(line) for line in scored.splitlines()] == lines[3:6] and done.stdout.endswith("saved mixed\n")
+    for more, named in ((["--interpolate", 1.5], "1.5"), (["--out", "new"], "--out new"), (["--interpolate", 0.5, "--out", "mixed"], "mixed"),
+                        (["--interpolate", 0.1, 0.2, "--out", "new"], "new")):
+        assert named in refused(workplace, "eval_hallucination", *words, *more)
+    assert "--interpolate" in refused(workplace, "eval_hallucination", "runs/a", "--interpolate", 0.5)
+
+
 def test_a_closed_pipe_is_no_error(workplace):
     make_run(workplace / "a", [True] * 8)
     done = subprocess.run(f"{sys.executable} {ROOT}/eval_hallucination.py {' a' * 500} | head -n 1", shell=True, cwd=workplace,

@@ -298,6 +298,19 @@ def test_labels_of_other_architectures(name, base, labelled):
         generate_answers(model, tokenizer, [prompt], [4])[0] for prompt in prompts]
 
 
+def test_the_cache_is_tried_in_fp32(base, labelled, monkeypatch):
+    """Autocast's rounding, which is larger in some prompts than what is looked for, does not make labelling slow."""
+    dtypes, own = [], make_facts.alike
+
+    def alike(one, other):
+        dtypes.append(one.dtype)
+        return own(one, other)
+    monkeypatch.setattr(make_facts, "alike", alike)
+    with torch.autocast("cpu", torch.bfloat16):
+        make_facts.score_answers(*copy.deepcopy(base), PREFIX * 3, facts_of(labelled[:6]), batch_size=4)
+    assert dtypes == [torch.float32]
+
+
 @pytest.mark.parametrize("accepts", ["cache", "past_key_values", "nothing"])
 def test_the_prefix_goes_where_the_model_takes_it(base, labelled, accepts, capsys):
     """The cached prefix is passed under the name that `forward` has; a model that ignores it reads whole texts instead."""
