@@ -26,14 +26,16 @@ TOOLS = {
     "lr": "plain SFT, learning rate",
     "epochs": "plain SFT, epochs",
     "known": "known facts beside",
+    "beside": "known facts beside self-distillation, λ 6",
     "last": "known facts last, epochs",
-    "interpolate": "interpolation",
+    "interpolate": "plain SFT, interpolated, α",
     "l2": "L2 to before, W",
     "freeze": "freezing",
     "finch": "FINCH, κ",
     "lora": "LoRA, rank",
     "start": "KL to the start model, λ",
     "lambda": "self-distillation, λ",
+    "distilled": "self-distillation λ, interpolated, α",
     "tau": "self-distillation, τ and λ",
     "anchors": "self-distillation and anchors",
     "others": "self-distillation but for the target",
@@ -214,65 +216,72 @@ def anchors(path):
 # --------------------------------------------------------------------------------- the frontier
 
 def read_points(path):
-    """(tool, setting, seed) of a run, and its {epoch or α: (new facts learnt, held out kept)}.
+    """{run's name: list of [epoch or α, new facts learnt, held-out facts kept]} of a path.
 
-    path: a run's folder, or a file of what eval_hallucination.py --interpolate has printed."""
+    path: a run's folder, a file of what eval_hallucination.py --interpolate has printed, or a
+    file that `main` has written, of many runs."""
     path = Path(path)
-    tool, rest = path.name.removesuffix(".jsonl").split("-", 1)
-    setting, seed = rest.rsplit("-", 1)
-    found = defaultdict(dict)
     if path.is_dir():
         rows = eval_hallucination.read_run(path)["metrics"]
-        for row in rows:
-            if row["epoch"] > 0 and "heldout" in row:
-                found[row["epoch"]] = row
-    else:
-        for row in eval_hallucination.read_jsonl(path, ["interpolate", "set", "accuracy"]):
-            found[row["interpolate"]][row["set"]] = row["accuracy"]
-    points = {x: (row["unknown"], row["heldout"]) for x, row in found.items()}
-    return (tool, setting, seed), points
+        points = [[row["epoch"], row["unknown"], row["heldout"]] for row in rows[1:]
+                  if "heldout" in row]
+        return {path.name: points}
+    rows = eval_hallucination.read_jsonl(path)
+    if "run" in rows[0]:
+        return {row["run"]: row["points"] for row in rows}
+    shares = defaultdict(dict)
+    for row in rows:
+        shares[row["interpolate"]][row["set"]] = row["accuracy"]
+    points = [[share, row["unknown"], row["heldout"]] for share, row in shares.items()]
+    return {path.stem: points}
 
 
-def read_tools(paths):
-    """{tool: {(setting, epoch or α): array (seeds, 2) of new facts learnt and held out kept}}."""
-    tools = defaultdict(lambda: defaultdict(list))
-    for path in sorted(paths):
-        (tool, setting, _), points = read_points(path)
-        for x, point in points.items():
-            tools[tool][setting, x].append(point)
-    return {tool: {key: np.array(values) for key, values in tools[tool].items()}
-            for tool in TOOLS if tool in tools}
+def gather(runs):
+    """{tool: {(setting, epoch or α): array (seeds, 2) of new facts learnt and held out kept}}.
+
+    runs: {name: points}, of `read_points`, called TOOL-SETTING-SEED."""
+    tools = {tool: defaultdict(list) for tool in TOOLS}
+    for name, points in runs.items():
+        tool, _, rest = name.partition("-")
+        setting, _, seed = rest.rpartition("-")
+        if tool not in TOOLS or not seed.isdigit():
+            eval_hallucination.fail(f"{name}: must be called TOOL-SETTING-SEED, of {[*TOOLS]}")
+        for x, learnt, kept in points:
+            tools[tool][setting, x].append([learnt, kept])
+    for settings in tools.values():
+        for key, values in settings.items():
+            settings[key] = np.array(values)
+    return {tool: settings for tool, settings in tools.items() if settings}
 
 
 def best(points, share):
-    """The setting and epoch of a tool that keeps most with `share` learnt, in means over seeds.
+    """What a tool keeps if it learns `share`: ((setting, epoch or α), held out kept, by seed).
 
-    (key, array of what each seed kept), or None if no setting learns so much."""
-    reached = {}
+    That which keeps most, in means over the seeds; None if it never learns so much."""
+    found = None
     for key, values in points.items():
-        if values[:, 0].mean() >= share:
-            reached[key] = values[:, 1]
-    if not reached:
-        return None
-    key = max(reached, key=lambda k: reached[k].mean())
-    return key, reached[key]
+        learnt, kept = values.T
+        if learnt.mean() >= share and (found is None or kept.mean() > found[1].mean()):
+            found = key, kept
+    return found
 
 
 def print_table(tools):
     """Markdown: a tool a row, what it keeps at equal learning, with the setting that does."""
-    print("| tool | " + " | ".join(f"{share:.0%} learnt" for share in AT) + " |")
-    print("|---" * (len(AT) + 1) + "|")
+    rows = [["tool", *[f"{share:.0%} learnt" for share in AT]], ["---"] * (len(AT) + 1)]
     for tool, points in tools.items():
-        cells = [TOOLS[tool]]
+        row = [TOOLS[tool]]
         for share in AT:
             found = best(points, share)
             if found is None:
-                cells.append("–")
+                row.append("–")
                 continue
             (setting, x), kept = found
             spread = f" ± {100 * kept.std(ddof=1):.1f}" if len(kept) > 1 else ""
-            cells.append(f"{100 * kept.mean():.1f}{spread} ({setting}, {x})")
-        print("| " + " | ".join(cells) + " |")
+            row.append(f"{100 * kept.mean():.1f}{spread} ({setting}, {x})")
+        rows.append(row)
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
 
 
 def draw(tools, path):
@@ -303,11 +312,18 @@ def main(argv=None):
             return rival(words[1]).main(words[2:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", choices=["table", *[rival.__name__ for rival in rivals]])
-    parser.add_argument("runs", nargs="+", help="folders of runs, and files of --interpolate")
-    parser.add_argument("--plot", metavar="FILE.png")
+    parser.add_argument("runs", nargs="+", help="folders, files of --interpolate or of --save")
+    parser.add_argument("--save", metavar="FILE.jsonl", help="write the points of all runs")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the tools' lines")
     args = parser.parse_args(words)
-    tools = read_tools(args.runs)
+    runs = {}
+    for path in args.runs:
+        runs |= read_points(path)
+    tools = gather(dict(sorted(runs.items())))
     print_table(tools)
+    if args.save:
+        lines = [{"run": name, "points": points} for name, points in sorted(runs.items())]
+        eval_hallucination.write_jsonl(Path(args.save), lines)
     if args.plot:
         draw(tools, args.plot)
 

@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"          # before any import of the hub's cli
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "assets")]
 SMALL_WORLD = ["--n-names", "40", "--n-codes", "12", "--width", "64", "--n-new", "24"]
 
 
@@ -43,6 +43,18 @@ def refused(folder, script, *words):
     done = call(folder, script, *words, ok=False)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done
     return done.stderr
+
+
+@contextlib.contextmanager
+def restored():
+    """What a rival of assets/frontier.py replaces in the method scripts is put back afterwards."""
+    modules = [importlib.import_module(name) for name in ("sft_baseline", "sft_selfdistill", "sft_freeze")]
+    own = [dict(vars(module)) for module in modules]
+    try:
+        yield
+    finally:
+        for module, names in zip(modules, own):
+            vars(module).update(names)
 
 
 def contents(folder):

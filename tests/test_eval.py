@@ -249,7 +249,8 @@ def make_run(folder, after, heldout="same", facts=None, sets=None, **config):
     write_jsonl(folder / "metrics.jsonl", metrics)
     before = {key: {"accepted": [accepted_answers(example["row"]) for example in rows]} for key, rows in sets.items()}
     before["heldout"] |= {"answers": ["x"] * n, "right": [True] * n}
-    write_answers(folder, sets, before, {"heldout": {"answers": ["y"] * n, "right": after}})
+    said = ["y"] * (n - 1) + [""]                               # an answer may be empty
+    write_answers(folder, sets, before, {"heldout": {"answers": said, "right": after}})
     return read_run(folder)
 
 

@@ -337,7 +337,7 @@ def test_shared_functions_are_identical():
     assert functions_of("eval_hallucination")["tokenize"] == shared["sft_baseline"]["tokenize"]
 
 
-@pytest.mark.parametrize("name, longest", [*((method, 80) for method in METHODS), ("make_facts", 60), ("eval_hallucination", 60)])
+@pytest.mark.parametrize("name, longest", [*((method, 80) for method in METHODS), ("make_facts", 60), ("eval_hallucination", 60), ("assets/frontier", 60)])
 def test_scripts_are_plain(name, longest):
     """What makes a script readable, held where it is: line width, lambdas, length of functions, number of parameters."""
     text = (ROOT / f"{name}.py").read_text("utf-8")
