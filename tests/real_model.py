@@ -70,4 +70,4 @@ def test_run(facts, method):
     assert metrics[1]["known"] > 0.3 and metrics[-1]["ce"] < metrics[0]["ce"]          # stage 1 has taught the form
     rows = read_jsonl(facts / "heldout_known.jsonl")
     assert evaluate(*load_model(folder / method), rows)["accuracy"] == pytest.approx(metrics[-1]["heldout"], abs=0.05)
-    assert json.loads((folder / method / "run.json").read_text())["config"]["learning_rate"] == 5e-5
+    assert json.loads((folder / method / "run.json").read_text())["config"]["learning_rate"] == 1e-4

@@ -109,11 +109,11 @@ def test_hub_name_from_the_cache(workplace, world, monkeypatch):
     codes = [r["subject"] for r in rows_of(workplace / "facts/gpt2-medium/train_unknown.jsonl")]
     assert all(re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", c) for c in codes)
     done = run(workplace, "sft_selfdistill.py", "--model", "gpt2-medium", "--epochs", 1)
-    assert "learning_rate=5e-05" in done.stdout and "saved runs/selfdistill-gpt2-medium-0" in done.stdout
+    assert "learning_rate=0.0001" in done.stdout and "saved runs/selfdistill-gpt2-medium-0" in done.stdout
 
 
 @pytest.mark.parametrize("script, shown", [
-    *((method, ["default: 4e-4 for tiny, else 5e-5", "default: 60 for tiny, else 8", "runs/", "(default: auto)", "(default: 1.0)", "--batch-size"]) for method in METHODS),
+    *((method, ["default: 4e-4 for tiny, else 1e-4; paper: 5e-5", "default: 60 for tiny, else 8", "runs/", "(default: auto)", "(default: 1.0)", "--batch-size"]) for method in METHODS),
     ("sft_selfdistill", ["default: 12 for tiny, else 4"]), ("make_facts", ["400 for tiny", "(default: 10)", "facts/MODEL"]), ("eval_hallucination", ["default: 64"])])
 def test_help_shows_every_default(script, shown, capsys):
     module = importlib.import_module(script)
