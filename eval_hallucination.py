@@ -891,15 +891,27 @@ def drift(run, of, device):
     return rows
 
 
-def draw(panels, path):
-    """Draw panels, {of: what `curves` returned}, side by side as a PNG; needs matplotlib.
-
-    A line is the mean of a group's runs, in a band of a standard deviation."""
+def new_figure(width, height):
+    """An empty matplotlib Figure, sizes in inches. Ends the program if there is no matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         fail("--plot needs matplotlib: pip install matplotlib")
-    figure = Figure(figsize=(2 + 4 * len(panels), 4.5), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure, path):
+    """Write a Figure as a PNG, all or nothing."""
+    temporary = Path(f"{path}.tmp")
+    figure.savefig(temporary, format="png", dpi=110)
+    temporary.replace(path)
+
+
+def draw(panels, path):
+    """Draw panels, {of: what `curves` returned}, side by side as a PNG.
+
+    A line is the mean of a group's runs, in a band of a standard deviation."""
+    figure = new_figure(2 + 4 * len(panels), 4.5)
     axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (of, lines) in zip(axes[0], panels.items()):
         for group, line in lines.items():
@@ -910,9 +922,7 @@ def draw(panels, path):
             axis.fill_between(xs, means - deviations, means + deviations, alpha=0.2)
         axis.set(xlabel=AXES[of][2], ylabel=AXES[of][3])
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    temporary = Path(f"{path}.tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    temporary.replace(path)
+    save_figure(figure, path)
 
 
 # ---------------------------------------------------------------------------------- the program
@@ -951,8 +961,10 @@ def score(args):
                      "interval": wilson(sum(result["right"]), len(rows))}
             print(json.dumps(line), flush=True)
     if args.out:
-        model.save_pretrained(args.out)
-        tokenizer.save_pretrained(args.out)
+        temporary = Path(f"{args.out}.tmp")
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        temporary.replace(args.out)
         print(f"saved {args.out}")
 
 
@@ -991,7 +1003,7 @@ def parse(argv=None):
     if args.model and (args.plot or args.ask or args.show or args.of):
         fail("--plot, --of, --ask and --show take run folders, not --model")
     shares = args.interpolate or []
-    if shares and not args.model or any(not 0 <= share <= 1 for share in shares):
+    if (shares and not args.model) or any(not 0 <= share <= 1 for share in shares):
         fail(f"--interpolate {shares}: shares from 0 to 1, of a run named by --model")
     if args.out and (len(shares) != 1 or Path(args.out).exists()):
         fail(f"--out {args.out}: a folder that is not there yet, for one --interpolate α")

@@ -91,7 +91,6 @@ def lora(rank):
     def run_adapted(stage, model, examples, loss_function, config, state):
         if model not in tuners:
             torch.manual_seed(config.seed)      # of the adapters' first weights
-            model.requires_grad_(False)
             tuners[model] = peft.LoraModel(model, settings, "default").to(model.device)
         return run_stage(stage, model, examples, loss_function, config, state)
 
@@ -198,6 +197,7 @@ def anchors(path):
 
     Nobody has to label them: the teacher answers, greedily, and what it answers is kept. They do
     not enter CE. None of them should be a question that is held out."""
+    prompts = [row["prompt"] for row in eval_hallucination.read_jsonl(path)]
     cache_teacher = sft_selfdistill.cache_teacher
     cross_entropy = sft_selfdistill.cross_entropy
     load_model = sft_selfdistill.load_model
@@ -209,7 +209,6 @@ def anchors(path):
         return model, tokenizer
 
     def cache_more(model, examples, config):
-        prompts = [row["prompt"] for row in eval_hallucination.read_jsonl(path)]
         answers = eval_hallucination.generate_answers(model, tokenizer, prompts)
         for prompt, answer in zip(prompts, answers):
             ids = sum(sft_selfdistill.tokenize(tokenizer, prompt, f" {answer}\n"), [])
@@ -314,8 +313,7 @@ def print_table(tools):
 
 def draw(tools, path):
     """A PNG with a line a tool: what it keeps at most, if it learns so much or more."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = eval_hallucination.new_figure(9, 6)
     axis = figure.subplots()
     for i, (tool, settings) in enumerate(tools.items()):
         means = sorted(values.mean(axis=0).tolist() for values in settings.values())
@@ -328,9 +326,7 @@ def draw(tools, path):
     axis.set(xlabel="new facts learnt, at least", ylabel="accuracy on known facts, held out",
              xlim=(0, 1.02))
     axis.legend(loc="lower left")
-    temporary = Path(f"{path}.tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    temporary.replace(path)
+    eval_hallucination.save_figure(figure, path)
 
 
 def main(argv=None):
@@ -341,7 +337,10 @@ def main(argv=None):
         if words[:1] == [rival.__name__]:
             if len(words) < 2 or words[1].startswith("-"):
                 eval_hallucination.fail(f"{rival.__name__}: its setting must come next")
-            script = rival(words[1])
+            try:
+                script = rival(words[1])
+            except (ImportError, KeyError, ValueError) as error:
+                eval_hallucination.fail(f"{rival.__name__} {words[1]}: {error!r}")
             # It says in run.json what was run, and is part of the default --out.
             script.METHOD += f"-{rival.__name__}-{words[1].replace('/', '-')}"
             return script.main(words[2:])

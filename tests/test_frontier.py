@@ -174,9 +174,10 @@ def test_table_by_hand(tmp_path):
 
 @pytest.mark.parametrize("words, named", [
     (["table", "points.jsonl"], "other-1-0"), (["table", "half.jsonl"], "half.jsonl"), (["table", "a.jsonl", "a.jsonl"], "lr-1-0"),
-    (["table", "empty.jsonl"], "empty"), (["table", "none.jsonl"], "none.jsonl"), (["finch"], "finch"), (["others", "--help"], "others"), (["what"], "what")])
+    (["table", "empty.jsonl"], "empty"), (["table", "none.jsonl"], "none.jsonl"), (["finch"], "finch"), (["until", "often"], "often"),
+    (["anchors", "empty-row.jsonl"], "prompt"), (["others", "--help"], "others"), (["what"], "what")])
 def test_what_the_table_refuses(words, named, tmp_path):
     for name, lines in (("points", [{"run": "other-1-0", "points": [[1, 0.5, 0.5]]}]), ("half", [{"interpolate": 0.5, "set": "unknown", "accuracy": 1}]),
-                        ("a", [{"run": "lr-1-0", "points": [[1, 0.5, 0.5]]}]), ("empty", [])):
+                        ("a", [{"run": "lr-1-0", "points": [[1, 0.5, 0.5]]}]), ("empty", []), ("empty-row", [{}])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert named in refused(tmp_path, "frontier", *words)
