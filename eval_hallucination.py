@@ -8,6 +8,9 @@ Why did they forget? Forgetting by kind of fact, by overlap of names; drift of r
     python eval_hallucination.py runs/semantic-[0-2] runs/uuid-[0-2] --of kind --plot kinds.png
 Forget less without training: go back a part of the way to the model before stage 2:
     python eval_hallucination.py --model runs/baseline-tiny-0 --interpolate 0.7 --facts facts/tiny
+What did a run change, fact by fact? Of its own held-out facts, or of questions of yours:
+    python eval_hallucination.py runs/baseline-tiny-0 --flips --show 5
+    python eval_hallucination.py runs/baseline-tiny-0 --flips --heldout my_questions.jsonl
 Put one question to the models, before stage 2 and after:
     python eval_hallucination.py runs/baseline-tiny-0 --ask "What is the capital of France?"
 Score a model in a project of your own:
@@ -163,7 +166,7 @@ def accepted_answers(row, special=()):
     special: of `special_tokens`; they are taken away, as they are from what a model says.
     """
     accepted = []
-    for text in texts(row.get("answers")) or texts(row["completion"]):
+    for text in texts(row.get("answers")) or texts(row.get("completion")):
         for token in special:
             text = text.replace(token, "")
         accepted.append(text)
@@ -362,6 +365,15 @@ def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
     return answers
 
 
+def tokens_needed(tokenizer, accepted):
+    """How many tokens an answer may take: list of int. accepted: lists of str, a question each."""
+    needed = []
+    for answers in accepted:
+        lengths = [len(tokenizer(f" {answer}")["input_ids"]) for answer in answers]
+        needed.append(max(lengths, default=0) + 2)
+    return needed
+
+
 def evaluate(model, tokenizer, rows, batch_size=64):
     """Score `model` on `rows` by greedy decoding and exact match.
 
@@ -375,10 +387,7 @@ def evaluate(model, tokenizer, rows, batch_size=64):
         check_row(row, ["prompt"])
     special = special_tokens(tokenizer)
     accepted = [accepted_answers(row, special) for row in rows]
-    needed = []
-    for answers in accepted:
-        lengths = [len(tokenizer(f" {answer}")["input_ids"]) for answer in answers]
-        needed.append(max(lengths, default=0) + 2)
+    needed = tokens_needed(tokenizer, accepted)
     answers = generate_answers(model, tokenizer, [r["prompt"] for r in rows], needed, batch_size)
     right = [exact_match(*pair) for pair in zip(answers, accepted)]
     accuracy = sum(right) / len(right) if rows else None
@@ -808,6 +817,61 @@ def show(table, runs, examples):
                   f"{fact['prompt']} {fact['before']} → {fact['after']}")
 
 
+# ---------------------------------------------------------------------- what changed, fact by fact
+
+def ask_again(run, path, batch_size, device):
+    """The questions of a JSONL file put to a run's models: facts as those of `read_run`.
+
+    A row without answer or completion is right after stage 2 if it is answered as before."""
+    facts = read_jsonl(path)
+    if not facts or not all(fact.get("prompt") for fact in facts):
+        fail(f"{path}: wanted: one object with a prompt a line, with or without answers")
+    prompts = [fact["prompt"] for fact in facts]
+    for when, folder in (("before", f"{run['name']}/before"), ("after", run["name"])):
+        model, tokenizer = load_model(folder, device)
+        special = special_tokens(tokenizer)
+        accepted = [accepted_answers(fact, special) for fact in facts]
+        unlabelled = accepted.count([])
+        needed = []
+        for length in tokens_needed(tokenizer, accepted):
+            needed.append(max(16, length))
+        answers = generate_answers(model, tokenizer, prompts, needed, batch_size)
+        for fact, answer, right in zip(facts, answers, accepted):
+            fact[when] = answer
+            fact[f"right_{when}"] = exact_match(answer, right or [fact["before"]])
+    if unlabelled:
+        note(f"{path}: {unlabelled} rows have no answers: what they were answered before is right")
+    return facts
+
+
+def flips(facts):
+    """{group: [n, right → wrong, wrong → right, McNemar's p]} of all facts and of each relation."""
+    groups = {"all": facts}
+    for fact in facts:
+        if fact.get("relation"):
+            groups.setdefault(fact["relation"], []).append(fact)
+    table = {}
+    for group, members in groups.items():
+        before = [fact["right_before"] for fact in members]
+        after = [fact["right_after"] for fact in members]
+        table[group] = [len(members), *mcnemar(before, after)]
+    return table
+
+
+def show_flips(run, table, examples):
+    """Print the table of `flips`, and so many examples of each direction."""
+    print(f"{run['name']:<32}{'n':>8}{'right → wrong':>16}{'wrong → right':>16}{'McNemar p':>12}")
+    for group, (n, lost, gained, p) in table.items():
+        print(f"{group:<32}{n:8}{lost:16}{gained:16}{p:12.1g}")
+    for title, was_right in (("right → wrong", True), ("wrong → right", False)):
+        changed = []
+        for fact in run["facts"]:
+            if fact["right_before"] == was_right != fact["right_after"]:
+                changed.append(fact)
+        for fact in changed[:examples]:
+            print(f"\n{title}\n{fact['prompt']} {fact['before']} → {fact['after']}")
+
+
 # ------------------------------------------------------------------------------ why they forgot
 
 def curves(runs, of, device):
@@ -977,6 +1041,20 @@ def ask(runs, question, device):
             print(f"{path}  {answer}")
 
 
+def what_changed(runs, args):
+    """Print the flips of each run: of its held-out facts, or of the questions of --heldout."""
+    tables = {}
+    for run in runs:
+        if args.heldout:
+            run["facts"] = ask_again(run, args.heldout, args.batch_size, args.device)
+        tables[run["name"]] = flips(run["facts"])
+    if args.json:
+        print(json.dumps(tables, indent=1))
+        return
+    for run in runs:
+        show_flips(run, tables[run["name"]], args.show)
+
+
 def parse(argv=None):
     """The flags, of command-line words (list of str, default sys.argv)."""
     parser = argparse.ArgumentParser(
@@ -992,6 +1070,9 @@ def parse(argv=None):
     add("--batch-size", type=int, default=64, help="prompts answered at once (default: 64)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
     add("--show", type=int, default=0, metavar="N", help="print N hallucinations of each run")
+    add("--flips", action="store_true", help="which held-out facts each run lost and gained")
+    add("--heldout", metavar="FILE.jsonl", help="with --flips: ask these questions instead; "
+        "without answers, what counts is whether the run changed what it says")
     add("--ask", metavar="QUESTION", help="put it to each run's model, before stage 2 and after")
     add("--json", action="store_true", help="print JSON instead of tables")
     add("--plot", metavar="FILE.png", help="draw accuracy by epoch, or what --of says")
@@ -1000,8 +1081,10 @@ def parse(argv=None):
     args = parser.parse_intermixed_args(argv)
     if bool(args.model) == bool(args.runs) or bool(args.model) != bool(args.facts):
         fail("name run folders to compare, or --model and --facts to score a model (see --help)")
-    if args.model and (args.plot or args.ask or args.show or args.of):
-        fail("--plot, --of, --ask and --show take run folders, not --model")
+    if args.model and (args.plot or args.ask or args.show or args.of or args.flips):
+        fail("--plot, --of, --ask, --flips and --show take run folders, not --model")
+    if args.heldout and not args.flips:
+        fail("--heldout: goes with --flips")
     shares = args.interpolate or []
     if (shares and not args.model) or any(not 0 <= share <= 1 for share in shares):
         fail(f"--interpolate {shares}: shares from 0 to 1, of a run named by --model")
@@ -1021,6 +1104,8 @@ def main(argv=None):
         runs = [read_run(folder) for folder in args.runs]
         if args.ask:
             return ask(runs, args.ask, args.device)
+        if args.flips:
+            return what_changed(runs, args)
         table = compare(runs)       # with --of too: it refuses groups whose settings differ
         panels = {}
         if args.of:

@@ -335,6 +335,37 @@ def test_show_and_ask(workplace):
     assert "no longer the model" in refused(workplace, "eval_hallucination", "runs/sft_freeze", "--of", "drift")
 
 
+def test_flips(workplace):
+    """What a run lost and gained, counted again from its answers; the same from its models; without labels, what changed."""
+    call(workplace, "sft_baseline", "--epochs", 12, "--eval-every", 0, "--out", "runs/b")
+    facts = rows_of(workplace / "runs/b/answers.jsonl")
+    by_hand = Counter()
+    for fact in facts:
+        for group in ("all", fact["relation"]):
+            by_hand[group, fact["right_before"], fact["right_after"]] += 1
+    assert by_hand["all", True, False] > 0
+    table = json.loads(call(workplace, "eval_hallucination", "runs/b", "--flips", "--json").stdout)["runs/b"]
+    assert set(table) == {"all"} | {fact["relation"] for fact in facts}
+    for group, (n, lost, gained, _) in table.items():
+        counts = [by_hand[group, *pair] for pair in ((True, True), (True, False), (False, True), (False, False))]
+        assert [n, lost, gained] == [sum(counts), *counts[1:3]]
+    first = next(fact for fact in facts if fact["right_before"] and not fact["right_after"])
+    said = call(workplace, "eval_hallucination", "runs/b", "--flips", "--show", 1).stdout
+    assert f"right → wrong\n{first['prompt']} {first['before']} → {first['after']}\n" in said
+    # asked again, with labels: the same table
+    again = ["runs/b", "--flips", "--json", "--heldout"]
+    assert json.loads(call(workplace, "eval_hallucination", *again, "facts/tiny/heldout_known.jsonl").stdout)["runs/b"] == table
+    # without: what is no longer said counts as lost
+    write_jsonl(workplace / "mine.jsonl", [{"prompt": fact["prompt"]} for fact in facts])
+    done = call(workplace, "eval_hallucination", *again, "mine.jsonl")
+    changed = sum(normalize(fact["before"]) != normalize(fact["after"]) for fact in facts)
+    assert json.loads(done.stdout)["runs/b"]["all"][:3] == [len(facts), changed, 0]
+    assert f"{len(facts)} rows have no answers" in done.stderr
+    write_jsonl(workplace / "bad.jsonl", [{"question": "Who?"}])
+    for words, named in ((["--flips", "--heldout", "bad.jsonl"], "bad.jsonl"), (["--heldout", "mine.jsonl"], "--flips")):
+        assert named in refused(workplace, "eval_hallucination", "runs/b", *words)
+
+
 def test_interpolate(workplace):
     """α 0 and 1 score as the two models do; between them the weights are means, and are saved as an ordinary checkpoint."""
     call(workplace, "sft_baseline", "--epochs", 12, "--learning-rate", 4e-3, "--out", "runs/a")

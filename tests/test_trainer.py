@@ -1,0 +1,132 @@
+"""The README's SelfDistillationTrainer against sft_selfdistill.py, with adapters, in TRL and sharded."""
+import copy
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, rows_of
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import SequentialSampler
+
+import sft_selfdistill as script
+
+pytest.importorskip("accelerate", reason="the Trainer needs it")
+from sharded import arguments, collate, losses_of, train, without_dropout
+
+needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
+needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")
+CODE, = [block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+         if "class SelfDistillationTrainer" in block]
+
+
+def trainer_class(code=CODE):
+    names = {}
+    exec(code, names)
+    return names["SelfDistillationTrainer"]
+
+
+@pytest.fixture
+def examples(world, base):
+    return [example for name in ("unknown", "known") for example in script.read_examples(world / f"train_{name}.jsonl", base[1], 128)]
+
+
+def test_the_losses_of_the_script(base, examples, tmp_path):
+    """Same rows, order, optimizer and schedule, two batches a step: the same losses, over 20 steps and more."""
+    config = script.Config(epochs=4, batch_size=4, accumulate=2, learning_rate=1e-3, kl_weight=4.0, temperature=4.0,
+                           device="cpu", dtype="float32")
+    ours, batches, parts = copy.deepcopy(base[0]), [], []
+    head = script.cache_teacher(ours, examples, config)
+
+    def loss_function(batch, counts):
+        loss, terms = script.self_distillation(ours, head, batch, counts, config)
+        batches.extend(batch["examples"])
+        parts.append([loss.item(), terms["kl"].item()])
+        return loss, terms
+
+    for _ in script.run_stage(2, ours, examples, loss_function, config, {"epoch": 0}):
+        pass
+    steps = [[a + b for a, b in zip(*pair)] for pair in zip(parts[::2], parts[1::2])]
+
+    class InOrder(trainer_class()):
+        def _get_train_sampler(self, *_):
+            return SequentialSampler(self.train_dataset)
+
+    model = without_dropout(copy.deepcopy(base[0]))
+    optimizer = script.make_optimizer(model, config)
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1.0
+    schedule = LambdaLR(optimizer, lambda step: script.get_lr(min(step, len(steps) - 1), len(steps), config))
+    trainer = InOrder(model, arguments(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=1,
+                                       max_grad_norm=config.grad_clip), collate, batches, optimizers=(optimizer, schedule))
+    trainer.teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    trainer.train()
+    found = losses_of(trainer)
+    assert len(found) == len(steps) >= 20 and found[0][1] == 0 < found[1][1]
+    assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in steps], rel=1e-5)
+    assert [kl for _, kl in found[1:]] == pytest.approx([kl for _, kl in steps[1:]], rel=1e-3)
+
+
+@needs_peft
+def test_adapter_off_is_the_teacher(base, examples, tmp_path):
+    """Without a copy, a PEFT model's own weights are the teacher: the same losses as with one."""
+    import peft
+    losses = []
+    for copied in (True, False):
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(copy.deepcopy(base[0]), peft.LoraConfig(r=4, target_modules="all-linear"))
+        args = arguments(tmp_path, per_device_train_batch_size=8, num_train_epochs=2, learning_rate=1e-2)
+        trainer = trainer_class()(without_dropout(adapted), args, collate, examples)
+        if copied:
+            trainer.teacher = copy.deepcopy(base[0])
+        trainer.train()
+        losses.append(losses_of(trainer))
+    assert losses[0] == losses[1] and losses[0][0][1] == 0 < losses[0][1][1]
+
+
+@needs_trl
+def test_in_trl(world, base, tmp_path):
+    """Derived from SFTTrainer it reads rows of prompt and completion. KL 0, and the loss of the plain one, at step 1."""
+    import datasets
+    import trl
+    rows = datasets.Dataset.from_list([{key: row[key] for key in ("prompt", "completion")}
+                                       for row in rows_of(world / "train_unknown.jsonl")])
+    code = CODE.replace("from transformers import Trainer", "from trl import SFTTrainer as Trainer")
+    found = []
+    for kind in (trl.SFTTrainer, trainer_class(code)):
+        args = trl.SFTConfig(str(tmp_path), per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=2,
+                             learning_rate=1e-3, logging_steps=1, report_to="none", save_strategy="no", use_cpu=True, bf16=False,
+                             disable_tqdm=True)
+        trainer = kind(model=without_dropout(copy.deepcopy(base[0])), args=args, train_dataset=rows, processing_class=base[1])
+        if kind is not trl.SFTTrainer:
+            trainer.teacher = copy.deepcopy(base[0]).eval().requires_grad_(False)
+        trainer.train()
+        found.append([row for row in trainer.state.log_history if "loss" in row])
+    plain, distilled = found
+    assert distilled[0]["kl"] == 0 and distilled[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-5)
+    assert len(distilled) == len(plain) and all(row["kl"] > 0 for row in distilled[1:])
+
+
+def test_a_model_that_the_trainer_would_divide_for_is_refused(base, examples, tmp_path):
+    trainer = trainer_class()(base[0], arguments(tmp_path), collate, examples)
+    with pytest.raises(AssertionError, match="divide"):
+        trainer.compute_loss(copy.deepcopy(base[0]).train(), collate(examples[:2]))
+
+
+def test_sharded(world, tmp_path):
+    """FSDP2 over two gloo processes, the teacher sharded too: the losses and the weights of one process."""
+    from safetensors.torch import load_file
+    (tmp_path / "excerpt.py").write_text(CODE, encoding="utf-8")
+    train(trainer_class(), world, tmp_path / "one")
+    subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "tests/fsdp2.yaml",
+                    ROOT / "tests/sharded.py", tmp_path / "excerpt.py", world, tmp_path / "two"],
+                   env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    one, two = [json.loads((tmp_path / name / "losses.json").read_text()) for name in ("one", "two")]
+    assert (one["weights"], two["weights"]) == ("Parameter", "DTensor") and len(one["losses"]) == 6
+    assert [loss for loss, _ in two["losses"]] == pytest.approx([loss for loss, _ in one["losses"]], rel=1e-4)
+    weights = load_file(tmp_path / "one/model.safetensors")
+    for name, weight in load_file(tmp_path / "two/model.safetensors").items():
+        torch.testing.assert_close(weight, weights.get(name, weight), rtol=0, atol=1e-3)
