@@ -83,6 +83,11 @@ def test_alone_in_an_empty_folder(tmp_path, world, method):
     assert {"unknown", "known", "heldout"} < set(rows_of(tmp_path / "both/metrics.jsonl")[-1])
 
 
+def code_of(page):
+    """The blocks of Python on a page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.S)
+
+
 def hub_cache(folder, repository, source):
     """Lay out `source` (a checkpoint folder) as the hub's client caches the repository `repository`."""
     repo = folder / "hub" / f"models--{repository.replace('/', '--')}"
@@ -125,7 +130,7 @@ def test_help_shows_every_default(script, shown, capsys):
 
 def test_readme_chat_recipe(workplace, base, monkeypatch):
     """The README's recipe for chat models, as it stands: rows that a script trains on, whose accuracy is measured on the answer's text."""
-    recipe, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    recipe, = [code for code in code_of("README.md") if "apply_chat_template" in code]
     model, tokenizer = copy.deepcopy(base[0]), copy.deepcopy(base[1])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -146,12 +151,33 @@ def test_readme_chat_recipe(workplace, base, monkeypatch):
     assert rows_of(workplace / "x/metrics.jsonl")[-1]["unknown"] == 1.0, rows_of(workplace / "x/metrics.jsonl")[-1]
 
 
-@pytest.mark.parametrize("page, sign", [("README.md", "python sft_selfdistill.py\n"), ("assets/frontier.md", "finch")])
+def test_served_and_judged_by_others(workplace, capsys, monkeypatch):
+    """The page's pipeline gives the answers that the run reports, and lm-evaluation-harness, where it is installed, their accuracy."""
+    call(workplace, "sft_baseline", "--epochs", 6, "--eval-every", 0)
+    answers = rows_of(workplace / "runs/baseline-tiny-0/answers.jsonl")
+    accuracy = sum(row["right_after"] for row in answers) / len(answers)
+    assert 0.1 < accuracy < 0.99
+    serving, = code_of("assets/use.md")
+    monkeypatch.chdir(workplace)
+    for row in answers[:3]:
+        exec(serving.replace("Q: What is the birthplace of C825?\\nA:", row["prompt"].replace("\n", "\\n")), {})
+        said, = eval(capsys.readouterr().out)
+        assert said["generated_text"].strip() == row["after"]
+    if importlib.util.find_spec("lm_eval") is None:
+        pytest.skip("lm_eval is not installed")
+    command, = re.findall("^lm_eval (.*)$", (ROOT / "assets/use.md").read_text("utf-8"), re.M)
+    shutil.copytree(ROOT / "tests", workplace / "tests", ignore=shutil.ignore_patterns("*.py*", "__pycache__"))
+    done = run(workplace, "-m", "lm_eval", *command.split(), "--device", "cpu", "--output_path", "judged")
+    results, = (workplace / "judged").rglob("results*.json")
+    assert json.loads(results.read_text())["results"]["heldout_facts"]["exact_match,first_line"] == pytest.approx(accuracy), done.stdout
+
+
+@pytest.mark.parametrize("page, sign", [("README.md", "python sft_selfdistill.py\n"), ("assets/frontier.md", "finch"), ("assets/use.md", "--flips")])
 def test_commands_of_pages(page, sign, workplace, world):
     """Every command of a page runs, in order, in a folder of its own; at a size that a test can afford."""
     from conftest import SMALL_WORLD
     blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / page).read_text("utf-8"), re.S)
-    assert len(blocks) >= 5 and sign in "".join(blocks)
+    assert sign in "".join(blocks)
     smaller = {"make_facts.py": [*SMALL_WORLD, "--n-new", "10", "--seed", "0", "--shots", "0"], "sft_": ["--epochs", "1"], "assets/frontier.py": ["--epochs", "1"],
                "tests/bench.py": ["--model", "gpt2-medium", "--label", "8", "--steps", "1", "--repeats", "1", "--cases", "baseline"]}
     (workplace / "assets").mkdir()
@@ -172,8 +198,9 @@ def test_commands_of_pages(page, sign, workplace, world):
         questions += [q | {"question": q["question"][:-1] + "son?"} for q in questions[:9]]
         (workplace / f"EntityQuestions/train/{relation}.train.json").write_text(json.dumps(questions))
     (workplace / "my.jsonl").write_text('{"prompt": "Q: Who made Ulm?\\nA:", "completion": " Ulm\\n"}\n', encoding="utf-8")
+    (workplace / "my_questions.jsonl").write_text('{"prompt": "Q: Who made Ulm?\\nA:"}\n', encoding="utf-8")
     # the shell expands loops, variables and patterns, and says which commands it would run
-    say = 'python() { printf "%s\\0" "$@"; printf "\\n"; }; pip() { :; }; pytest() { :; }; '
+    say = 'python() { printf "%s\\0" "$@"; printf "\\n"; }; pip() { :; }; pytest() { :; }; accelerate() { :; }; '
     for block in blocks:
         block = re.sub(r'(for \w+ in) ("[^"]*"|\S+)[^;\n]*;', r"\1 \2;", block)          # loops: the first round
         block = block.replace("-n 800", "-n 80").replace("+801", "+81")                 # a smaller world has fewer rows
