@@ -429,6 +429,7 @@ def load_model(name, device="cpu"):
         part = "its tokenizer"
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model = model.to(device).eval()
+        part = "its forward pass"
         fault = find_fault(model, tokenizer, report["missing_keys"])
     except torch.OutOfMemoryError:
         raise                   # no fault of the model's

@@ -58,6 +58,8 @@ def small_model(kind, n_tokens):
             if name in known or name in getattr(config_class, "attribute_map", {}):
                 settings[name] = size
     settings["vocab_size"] = n_tokens
+    if "kv_lora_rank" in known:
+        settings["num_key_value_heads"] = settings["num_attention_heads"]       # they are not shared there
     for name, value in known.items():
         if name in VISIBLE and value is not None:
             settings[name] = VISIBLE[name]
@@ -154,12 +156,14 @@ def outcomes(kinds, facts, trainer_class):
             fault = attempt(save)
             if fault:
                 unmade[kind] = fault
+                tqdm.write(f"{kind}: {fault[:150]}", file=sys.stderr)
                 continue
             rows = f"{facts}/train_unknown.jsonl"
             ours = attempt(in_the_script, folder, rows)
             model = small_model(kind, len(tokenizer))
             theirs = attempt(in_a_trainer, model, tokenizer, rows, trainer_class, folder)
             found[ours, theirs].append(kind)
+            tqdm.write(f"{kind}: {ours or 'trains'} | {theirs or 'trains'}", file=sys.stderr)
     return found, unmade
 
 
@@ -179,8 +183,6 @@ def main(facts, *kinds):
     for (ours, theirs), members in sorted(found.items(), key=lambda item: -len(item[1])):
         print(f"| {ours or 'trains'} | {theirs or 'trains'} | {len(members)} | {', '.join(members)} |")
     print(f"| not made small | | {len(unmade)} | {', '.join(unmade)} |")
-    for kind, fault in unmade.items():
-        print(f"{kind}: {fault[:150]}", file=sys.stderr)
 
 
 if __name__ == "__main__":
