@@ -287,7 +287,9 @@ def check_head(model, batch, name):
         logits = model.get_output_embeddings()(last_hidden(model, batch))       # (B, T-1, V)
         whole = model(input_ids=batch["ids"], use_cache=False).logits[:, :-1]
         torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
-    except (AssertionError, AttributeError, TypeError):     # other logits, no base model, no head
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, AttributeError, RuntimeError, TypeError):   # other logits, or no head
         fail(f"--model {name}: caps or scales its logits, or has no linear head; train it in a "
              "trainer that takes the loss from whole logits")
 

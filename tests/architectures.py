@@ -39,10 +39,18 @@ SIZES = {
     4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads num_experts "
        "num_local_experts n_routed_experts moe_num_experts linear_num_value_heads mamba_n_heads mamba_num_heads",
     8: "head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim kv_channels d_kv rotary_dim linear_key_head_dim state_size "
-       "linear_value_head_dim mamba_d_state mamba_d_head mamba_head_dim vocab_size_per_layer_input index_head_dim",
-    1: "n_group topk_group mamba_n_groups n_groups first_k_dense_replace num_kv_shared_layers num_nextn_predict_layers",
+       "linear_value_head_dim mamba_d_state mamba_d_head mamba_head_dim index_head_dim",
+    1: "n_group topk_group mamba_n_groups n_groups first_k_dense_replace num_nextn_predict_layers",
     256: "max_position_embeddings n_positions max_seq_len context_length n_ctx",
-    0: "bos_token_id eos_token_id pad_token_id",
+    0: "bos_token_id eos_token_id pad_token_id num_kv_shared_layers",
+}
+# What some need besides, to fit together.
+MORE = {
+    "bamba": {"attn_layer_indices": [1], "mamba_d_head": 16, "mamba_n_heads": 4},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 4, "mamba_d_head": 16},
 }
 # So that a head that caps or scales its logits does so visibly, as those of trained models do.
 VISIBLE = {"initializer_range": 0.1, "logits_scaling": 8.0, "logit_scale": 0.0625, "final_logit_softcapping": 2.0}
@@ -57,7 +65,9 @@ def small_model(kind, n_tokens):
         for name in names.split():
             if name in known or name in getattr(config_class, "attribute_map", {}):
                 settings[name] = size
-    settings["vocab_size"] = n_tokens
+    for name in ("vocab_size", "vocab_size_per_layer_input"):
+        if name in known:
+            settings[name] = n_tokens
     if "kv_lora_rank" in known:
         settings["num_key_value_heads"] = settings["num_attention_heads"]       # they are not shared there
     for name, value in known.items():
@@ -67,7 +77,7 @@ def small_model(kind, n_tokens):
             settings[name] = 0.0
         elif name == "is_decoder":
             settings[name] = True
-    config = config_class(**settings)
+    config = config_class(**settings | MORE.get(kind, {}))
     with torch.device("meta"):          # without memory for its weights
         n_parameters = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config)).num_parameters()
     if n_parameters > 5_000_000:
@@ -138,7 +148,8 @@ def attempt(function, *args):
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             function(*args)
     except SystemExit:
-        return said.getvalue().splitlines()[-1].split(":", 2)[2].strip()
+        reason = said.getvalue().splitlines()[-1].split(":", 2)[2]
+        return reason.partition(";")[0].strip()
     except Exception as error:          # of any kind: this is what is looked for
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 

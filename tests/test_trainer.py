@@ -167,3 +167,14 @@ def test_sharded(world, tmp_path):
     weights = load_file(tmp_path / "one/model.safetensors")
     for name, weight in load_file(tmp_path / "two/model.safetensors").items():
         torch.testing.assert_close(weight, weights.get(name, weight), rtol=0, atol=1e-3)
+
+
+def test_architectures(world, capsys):
+    """The script behind the table of assets/use.md: what the scripts refuse for its logits trains in a Trainer."""
+    import architectures
+    architectures.main(world, "gpt2", "gemma2", "mamba", "cpmant", "got_ocr2")
+    rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    found = {kind: (ours, theirs) for ours, theirs, _, kinds in rows[1:] for kind in kinds.split(", ")}
+    assert found.pop("gpt2") == found.pop("mamba") == ("trains", "trains") and found.pop("got_ocr2") == ("not made small", "")
+    assert found.pop("gemma2") == ("caps or scales its logits, or has no linear head", "trains")
+    assert "not causal" in found.pop("cpmant")[0] and not found
