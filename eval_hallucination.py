@@ -968,24 +968,30 @@ def new_figure(width, height):
 def save_figure(figure, path):
     """Write a Figure as a PNG, all or nothing."""
     temporary = Path(f"{path}.tmp")
-    figure.savefig(temporary, format="png", dpi=110)
+    figure.savefig(temporary, format="png", dpi=150)
     temporary.replace(path)
 
 
 def draw(panels, path):
     """Draw panels, {of: what `curves` returned}, side by side as a PNG.
 
-    A line is the mean of a group's runs, in a band of a standard deviation."""
-    figure = new_figure(2 + 4 * len(panels), 4.5)
+    A thick line is the mean of a group's runs, with its last value, a thin one a run."""
+    figure = new_figure(1 + 3.5 * len(panels), 3.8)
     axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (of, lines) in zip(axes[0], panels.items()):
-        for group, line in lines.items():
-            xs = sorted(line)
-            means = np.array([np.mean(line[x]) for x in xs])
-            deviations = [np.std(line[x], ddof=min(1, len(line[x]) - 1)) for x in xs]
-            axis.plot(xs, means, marker=".", label=group)
-            axis.fill_between(xs, means - deviations, means + deviations, alpha=0.2)
         axis.set(xlabel=AXES[of][2], ylabel=AXES[of][3])
+        axis.margins(x=0.15)
+        if AXES[of][1] in ("unknown", "heldout"):
+            axis.set_ylim(0, 107)
+        for i, (group, line) in enumerate(lines.items()):
+            xs = sorted(line)
+            means = [np.mean(line[x]) for x in xs]
+            mean, = axis.plot(xs, means, marker=".", linewidth=2.5, label=group)
+            color = mean.get_color()
+            axis.annotate(f" {means[-1]:.1f}", (xs[-1], means[-1]), color=color,
+                          va=("bottom", "top")[i % 2])
+            for values in zip(*[line[x] for x in xs]):      # of a run; none if some lack an x
+                axis.plot(xs, values, color=color, linewidth=0.6)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     save_figure(figure, path)
 
@@ -1077,6 +1083,7 @@ def parse(argv=None):
     add("--ask", metavar="QUESTION", help="put it to each run's model, before stage 2 and after")
     add("--json", action="store_true", help="print JSON instead of tables")
     add("--plot", metavar="FILE.png", help="draw accuracy by epoch, or what --of says")
+    add("--kind", help="look at held-out facts of this kind alone: name, code")
     add("--of", choices=AXES, help="show this instead: what runs forgot by number of new facts, "
         "width of the model, kind of fact, overlap of names; how far representations drift; …")
     args = parser.parse_intermixed_args(argv)
@@ -1103,6 +1110,9 @@ def main(argv=None):
         if args.model:
             return score(args)
         runs = [read_run(folder) for folder in args.runs]
+        for run in runs:
+            if args.kind:
+                run["facts"] = [fact for fact in run["facts"] if fact.get("kind") == args.kind]
         if args.ask:
             return ask(runs, args.ask, args.device)
         if args.flips:
@@ -1115,7 +1125,7 @@ def main(argv=None):
                 note(f"--of {args.of}: nothing to show; it takes held-out facts, with kinds, and "
                      "new ones, with subjects to share words with; epochs: --save-every-epoch")
         elif args.plot:
-            for of in ("learnt", "kept", "plane"):
+            for of in ("learnt", "kept"):
                 panels[of] = curves(runs, of, args.device)
         if args.plot:
             draw(panels, args.plot)

@@ -482,6 +482,8 @@ def test_of(tmp_path, base, world):
     assert said["learnt"][2].split() == ["same"] + ["0.0", "±", "0.0", "50.0", "±", "0.0", "100.0", "±", "0.0"]
     assert said["plane"][1].split()[-3:] == ["0", "50", "100"] and said["plane"][2].split()[1:4] == ["100.0", "±", "0.0"]
     drawn = json.loads(call(tmp_path, "eval_hallucination", "same-0", "same-24-1", "moved-0", "--of", "number", "--json").stdout)
+    codes = json.loads(call(tmp_path, "eval_hallucination", "moved-0", "--kind", "code", "--json").stdout)[0]
+    assert codes["n"] == sum(row["kind"] == "code" for row in rows) and set(codes["forgetting"]) & {"kind code", "kind name"} == {"kind code"}
     everything = 100 * max(Counter(row["subject"] for row in rows if row["kind"] == "code").values()) / len(rows)
     assert drawn == {"number": {"same": {"24": [0.0, 0.0]}, "moved": {"24": [pytest.approx(everything)]}}}
     if importlib.util.find_spec("matplotlib"):
