@@ -44,6 +44,6 @@ python() {
 }
 
 for page in "$@"; do
-    eval "$(sed -n '/^```sh$/,/^```$/p' "$page" | grep -v '^```')"
+    # A block's runs have ended before the next begins: a pattern like runs/a-[0-2] is expanded then.
+    eval "$(sed -n '/^```sh$/,/^```$/ { /^```sh$/d; s/^```$/wait/; p }' "$page")"
 done
-wait

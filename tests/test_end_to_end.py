@@ -2,9 +2,11 @@
 import copy
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -170,6 +172,32 @@ def test_served_and_judged_by_others(workplace, capsys, monkeypatch):
     done = run(workplace, "-m", "lm_eval", *command.split(), "--device", "cpu", "--output_path", "judged")
     results, = (workplace / "judged").rglob("results*.json")
     assert json.loads(results.read_text())["results"]["heldout_facts"]["exact_match,first_line"] == pytest.approx(accuracy), done.stdout
+
+
+def test_results_are_made_again_and_kept(workplace):
+    """assets/results.sh runs the commands of a page, tables after runs, and leaves finished runs alone."""
+    (workplace / "page.md").write_text("""# A page
+```sh
+for seed in 0 1; do
+    python make_facts.py --n-names 40 --n-codes 12 --width 64 --reuse facts/tiny --n-new 8 --out facts/few
+    python sft_baseline.py --facts facts/few --epochs 1 --seed $seed --out runs/b-$seed
+done
+```
+What follows is no command.
+```
+python nothing
+```
+```sh
+python eval_hallucination.py runs/b-[0-1]
+```
+""")
+    tables = []
+    for _ in range(2):
+        done = subprocess.run(["bash", ROOT / "assets/results.sh", "page.md"], cwd=workplace, capture_output=True, text=True,
+                              env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+        assert done.returncode == 0 and "runs/b-1: forgets" in done.stdout, done.stderr
+        tables.append((done.stdout, (workplace / "runs/b-1/run.json").stat().st_mtime_ns))
+    assert tables[0] == tables[1] and "number" in (workplace / "runs/b-1/run.json").read_text()
 
 
 @pytest.mark.parametrize("page, sign", [("README.md", "python sft_selfdistill.py\n"), ("assets/frontier.md", "finch"), ("assets/use.md", "--flips")])
