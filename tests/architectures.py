@@ -3,7 +3,7 @@
     python tests/architectures.py facts/tiny            all of them, in some ten minutes
     python tests/architectures.py facts/tiny gpt2 gemma2
 A model passes in the script if the KL is 0 at step 1 and not from there on, CE falls, an epoch that is resumed ends
-bit for bit as one that was not, and what is saved says the same when it is loaded. In a Trainer, with the README's excerpt, it
+bit for bit as one that was not, and what is saved says the same when it is loaded. In a Trainer, with its excerpt, it
 passes if the KL is 0 at step 1 and the loss falls.
 """
 import contextlib
@@ -130,7 +130,7 @@ def in_the_script(folder, facts):
 
 
 def in_a_trainer(model, tokenizer, facts, trainer_class, out):
-    """Train a model by the README's excerpt. Raises AssertionError where it does not pass."""
+    """Train a model by its excerpt. Raises AssertionError where it does not pass."""
     examples = script.read_examples(facts, tokenizer, 128)[:12]
     args = arguments(out, per_device_train_batch_size=4, num_train_epochs=4, learning_rate=1e-3)
     trainer = trainer_class(model=without_dropout(model), args=args, train_dataset=examples, data_collator=collate)
@@ -180,8 +180,8 @@ def outcomes(kinds, facts, trainer_class):
 
 
 def excerpt():
-    """The README's SelfDistillationTrainer."""
-    for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S):
+    """The SelfDistillationTrainer of assets/use.md."""
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "assets/use.md").read_text("utf-8"), re.S):
         if "class SelfDistillationTrainer" in code:
             names = {}
             exec(code, names)

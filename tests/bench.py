@@ -5,7 +5,8 @@
     python tests/bench.py --model DIR --facts facts/DIR --labelling facts.tsv
 
 Each run is a process of its own, for its peak memory: optimizer steps to warm up, then --steps. A case's
-time is that of its fastest run: a shared machine adds to it and never takes away. The result, in Markdown, is the README's."""
+time is that of its fastest run: a shared machine adds to it and never takes away. The result, in Markdown, is that of
+assets/cost.md."""
 import argparse
 import importlib.util
 import json

@@ -1,7 +1,7 @@
 """Self-distillation in a Trainer, sharded or in one process: what test_trainer.py starts by `accelerate launch`.
 
     accelerate launch --config_file tests/fsdp2.yaml tests/sharded.py EXCERPT FACTS OUT
-EXCERPT: a file with the README's SelfDistillationTrainer; FACTS: a fact folder of the invented world. Leaves a checkpoint and
+EXCERPT: a file with the SelfDistillationTrainer of assets/use.md; FACTS: a fact folder of the invented world. Leaves a checkpoint and
 losses.json, a list of [loss, KL] of each step, in OUT.
 """
 import copy

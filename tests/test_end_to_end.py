@@ -130,6 +130,11 @@ def test_help_shows_every_default(script, shown, capsys):
     assert stopped.value.code == 0 and [words for words in shown if words not in text] == []
 
 
+def test_the_loss_in_the_readme_is_the_scripts():
+    loss, = [code for code in code_of("README.md") if "log_softmax" in code]
+    assert loss in (ROOT / "sft_selfdistill.py").read_text("utf-8")
+
+
 def test_readme_chat_recipe(workplace, base, monkeypatch):
     """The README's recipe for chat models, as it stands: rows that a script trains on, whose accuracy is measured on the answer's text."""
     recipe, = [code for code in code_of("README.md") if "apply_chat_template" in code]
@@ -159,7 +164,7 @@ def test_served_and_judged_by_others(workplace, capsys, monkeypatch):
     answers = rows_of(workplace / "runs/baseline-tiny-0/answers.jsonl")
     accuracy = sum(row["right_after"] for row in answers) / len(answers)
     assert 0.1 < accuracy < 0.99
-    serving, = code_of("assets/use.md")
+    serving, = [code for code in code_of("assets/use.md") if "pipeline(" in code]
     monkeypatch.chdir(workplace)
     for row in answers[:3]:
         exec(serving.replace("Q: What is the birthplace of C825?\\nA:", row["prompt"].replace("\n", "\\n")), {})
@@ -200,11 +205,13 @@ python eval_hallucination.py runs/b-[0-1]
     assert tables[0] == tables[1] and "number" in (workplace / "runs/b-1/run.json").read_text()
 
 
-@pytest.mark.parametrize("page, sign", [("README.md", "python sft_selfdistill.py\n"), ("assets/frontier.md", "finch"), ("assets/use.md", "--flips")])
-def test_commands_of_pages(page, sign, workplace, world):
+@pytest.mark.parametrize("pages, sign", [
+    ("README.md", "python sft_selfdistill.py\n"), ("results mechanism cost facts", "--of overlap"), ("frontier", "finch"), ("use", "--flips")])
+def test_commands_of_pages(pages, sign, workplace, world):
     """Every command of a page runs, in order, in a folder of its own; at a size that a test can afford."""
     from conftest import SMALL_WORLD
-    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / page).read_text("utf-8"), re.S)
+    paths = [ROOT / page if page == "README.md" else ROOT / f"assets/{page}.md" for page in pages.split()]
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", "".join(path.read_text("utf-8") for path in paths), re.S)
     assert sign in "".join(blocks)
     smaller = {"make_facts.py": [*SMALL_WORLD, "--n-new", "10", "--seed", "0", "--shots", "0"], "sft_": ["--epochs", "1"], "assets/frontier.py": ["--epochs", "1"],
                "tests/bench.py": ["--model", "gpt2-medium", "--label", "8", "--steps", "1", "--repeats", "1", "--cases", "baseline"]}

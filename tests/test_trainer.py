@@ -1,4 +1,4 @@
-"""The README's SelfDistillationTrainer against sft_selfdistill.py, with adapters, in TRL and sharded."""
+"""The SelfDistillationTrainer of assets/use.md against sft_selfdistill.py, with adapters, in TRL and sharded."""
 import copy
 import importlib.util
 import json
@@ -20,7 +20,7 @@ from sharded import arguments, collate, losses_of, train, without_dropout
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "assets/use.md").read_text("utf-8"), re.S)
 CODE, USE = [next(block for block in BLOCKS if sign in block) for sign in ("class SelfDistillationTrainer", "save_model")]
 
 
@@ -97,7 +97,7 @@ def test_adapter_off_is_the_teacher(base, examples, tmp_path):
 
 @pytest.fixture
 def in_trl(world, base, tmp_path, monkeypatch):
-    """Names with which the README's blocks run in TRL: rows of prompt and completion, a model, arguments."""
+    """Names with which the page's blocks run in TRL: rows of prompt and completion, a model, arguments."""
     import datasets
     import trl
     monkeypatch.chdir(tmp_path)
@@ -121,7 +121,7 @@ def in_trl(world, base, tmp_path, monkeypatch):
 @needs_trl
 @pytest.mark.parametrize("bf16", [False, True])
 def test_in_trl(in_trl, bf16):
-    """As the README has it, both stages: at step 1 the KL is 0 and the loss that of TRL, then the KL is not 0, in bf16 too."""
+    """As the page has it, both stages: at step 1 the KL is 0 and the loss that of TRL, then the KL is not 0, in bf16 too."""
     in_trl["model"].config.update({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0})
     for name, epochs in (("args_of_stage_1", 1), ("args", 2)):
         in_trl[name] = in_trl["settings"](num_train_epochs=epochs, bf16=bf16)
