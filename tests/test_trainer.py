@@ -130,7 +130,7 @@ def test_in_trl(in_trl, bf16):
     start = in_trl["AutoModelForCausalLM"].from_pretrained("before")
     plain = in_trl["Trainer"](model=start, args=in_trl["args"], train_dataset=in_trl["known_and_new"], **in_trl["more"])
     plain.train()
-    assert "loss" in in_trl["first"].state.log_history[-2] and len(distilled) == 12
+    assert len(distilled) == 12 and "first" not in in_trl
     assert distilled[0]["kl"] == 0 and distilled[0]["loss"] == pytest.approx(plain.state.log_history[0]["loss"], rel=2e-3 if bf16 else 1e-5)
     assert all(row["kl"] > 1e-6 for row in distilled[1:])
 
@@ -141,7 +141,7 @@ def test_a_copied_teacher_is_found_out(in_trl):
     trainer = in_trl["SelfDistillationTrainer"](model=in_trl["model"], args=in_trl["args"], train_dataset=in_trl["known_and_new"],
                                                 **in_trl["more"])
     trainer.teacher = copy.deepcopy(trainer.model).eval().requires_grad_(False)
-    with pytest.raises(ValueError, match="no model of its own"):
+    with pytest.raises(AssertionError, match="a copy"):
         trainer.train()
 
 
