@@ -181,3 +181,15 @@ def test_what_the_table_refuses(words, named, tmp_path):
                         ("a", [{"run": "lr-1-0", "points": [[1, 0.5, 0.5]]}]), ("empty", []), ("empty-row", [{}])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert named in refused(tmp_path, "frontier", *words)
+
+
+def test_directions_taken_out_by_hand():
+    """assets/shift.py: of a change of two directions the larger goes first; with none, nothing does."""
+    import shift
+    before = torch.arange(12.0).reshape(3, 4)
+    large = 3 * torch.outer(torch.tensor([1.0, 0, 0]), torch.tensor([0, 1.0, 0, 0]))
+    small = torch.outer(torch.tensor([0, 0.6, 0.8]), torch.tensor([0, 0, 1.0, 0]))
+    after = before + large + small
+    assert shift.take_out(before, after, 0) is after
+    torch.testing.assert_close(shift.take_out(before, after, 1), before + small)
+    torch.testing.assert_close(shift.take_out(before, after, 2), before)
