@@ -238,7 +238,8 @@ def test_commands_of_pages(pages, sign, workplace, world):
     say = 'python() { printf "%s\\0" "$@"; printf "\\n"; }; pip() { :; }; pytest() { :; }; accelerate() { :; }; '
     for block in blocks:
         block = re.sub(r'(for \w+ in) ("[^"]*"|\S+)[^;\n]*;', r"\1 \2;", block)          # loops: the first round
-        block = block.replace("-n 800", "-n 80").replace("+801", "+81")                 # a smaller world has fewer rows
+        for number, smaller_number in (("-n 800", "-n 80"), ("+801", "+81"), ("-n 400", "-n 0"), ("+401", "+1")):
+            block = block.replace(number, smaller_number)           # a smaller world has fewer rows, and several of a name
         block = re.sub(r"(--interpolate .*) > ", r"\1 --into ", block)
         if not PICTURES:
             block = re.sub(r"--plot \S+", "", block)
