@@ -112,7 +112,8 @@ def test_ctrl_c_within_a_write_is_no_full_disk(tmp_path, monkeypatch):
 
 def test_ctrl_c_says_how_to_go_on(workplace):
     words = [sys.executable, "-u", "sft_baseline.py", "--epochs", "500", "--out", "x"]
-    with subprocess.Popen(words, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(words, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:      # ignored under nohup
         for line in process.stdout:
             if line.startswith("{'stage': 2, 'epoch': 2"):         # the first has been written by then
                 break
