@@ -699,6 +699,15 @@ def read_run(folder):
     return run
 
 
+def keep_kind(run, kind):
+    """Leave only the held-out facts of one kind in a run (of `read_run`).
+
+    By epoch their accuracy was not measured apart from that of the others, so that goes too."""
+    run["facts"] = [fact for fact in run["facts"] if fact.get("kind") == kind]
+    for row in run["metrics"]:
+        row.pop("heldout", None)
+
+
 def compare(runs):
     """What is tabulated of runs (of `read_run`): a list of dicts, one a run.
 
@@ -833,9 +842,7 @@ def ask_again(run, path, batch_size, device):
         special = special_tokens(tokenizer)
         accepted = [accepted_answers(fact, special) for fact in facts]
         unlabelled = accepted.count([])
-        needed = []
-        for length in tokens_needed(tokenizer, accepted):
-            needed.append(max(16, length))
+        needed = [max(16, length) for length in tokens_needed(tokenizer, accepted)]
         answers = generate_answers(model, tokenizer, prompts, needed, batch_size)
         for fact, answer, right in zip(facts, answers, accepted):
             fact[when] = answer
@@ -985,6 +992,8 @@ def draw(panels, path):
             axis.set_ylim(0, 107)
         for i, (group, line) in enumerate(lines.items()):
             xs = sorted(line)
+            if not xs:
+                continue        # nothing of the kind was measured
             means = [np.mean(line[x]) for x in xs]
             mean, = axis.plot(xs, means, marker=".", linewidth=2.5, label=group)
             color = mean.get_color()
@@ -1110,9 +1119,9 @@ def main(argv=None):
         if args.model:
             return score(args)
         runs = [read_run(folder) for folder in args.runs]
-        for run in runs:
-            if args.kind:
-                run["facts"] = [fact for fact in run["facts"] if fact.get("kind") == args.kind]
+        if args.kind:
+            for run in runs:
+                keep_kind(run, args.kind)
         if args.ask:
             return ask(runs, args.ask, args.device)
         if args.flips:

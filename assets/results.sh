@@ -22,7 +22,7 @@ python() {
     done
     case $1 in
     sft_*.py | assets/frontier.py)
-        if [[ $2 = table || -z $out ]]; then wait; command python "$@"; return; fi
+        if [[ ${2:-} = table || -z $out ]]; then wait; command python "$@"; return; fi
         if [[ -e $out/run.json ]]; then return; fi
         # It may start from what an earlier run has left.
         if [[ " $* " = *" --model runs/"* ]]; then wait; fi

@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,19 @@ SMALL_WORLD = ["--n-names", "40", "--n-codes", "12", "--width", "64", "--n-new",
 def rows_of(path):
     """The rows of a JSONL file."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def code_of(page):
+    """The blocks of Python on a page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.S)
+
+
+def trainer_class(trainer="from transformers import Trainer"):
+    """The SelfDistillationTrainer of assets/use.md, derived from what `trainer` imports as Trainer."""
+    code, = [code for code in code_of("assets/use.md") if "class SelfDistillationTrainer" in code]
+    names = {}
+    exec(code.replace("from transformers import Trainer", trainer), names)
+    return names["SelfDistillationTrainer"]
 
 
 def call(folder, script, *words, ok=True):

@@ -1,20 +1,18 @@
 """Self-distillation in a Trainer, sharded or in one process: what test_trainer.py starts by `accelerate launch`.
 
-    accelerate launch --config_file tests/fsdp2.yaml tests/sharded.py EXCERPT FACTS OUT
-EXCERPT: a file with the SelfDistillationTrainer of assets/use.md; FACTS: a fact folder of the invented world. Leaves a checkpoint and
-losses.json, a list of [loss, KL] of each step, in OUT.
+    accelerate launch --config_file tests/fsdp2.yaml tests/sharded.py FACTS OUT
+FACTS: a fact folder of the invented world. Leaves a checkpoint and losses.json, with [loss, KL] of each step, in OUT.
 """
 import copy
-import importlib.util
 import json
 import os
 import sys
 from pathlib import Path
 
 import torch
+from conftest import trainer_class
 from transformers import TrainingArguments
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import sft_selfdistill as script
 
 
@@ -44,7 +42,7 @@ def losses_of(trainer):
     return [[row["loss"], row["kl"]] for row in trainer.state.log_history if "loss" in row]
 
 
-def train(trainer_class, facts, out, rows_a_step=8):
+def train(facts, out, rows_a_step=8):
     """Two passes over the new facts; the result is written to `out`."""
     model, tokenizer = script.load_model(f"{facts}/base", "cpu")
     without_dropout(model)
@@ -58,7 +56,7 @@ def train(trainer_class, facts, out, rows_a_step=8):
         from accelerate.state import PartialState
         from accelerate.utils import DistributedType, fsdp2_prepare_model
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    trainer = trainer_class(model=model, args=args, train_dataset=examples, data_collator=collate)
+    trainer = trainer_class()(model=model, args=args, train_dataset=examples, data_collator=collate)
     trainer.teacher = copy.deepcopy(model).eval().requires_grad_(False)
     if sharded:
         trainer.teacher = fsdp2_prepare_model(trainer.accelerator, trainer.teacher)
@@ -70,8 +68,4 @@ def train(trainer_class, facts, out, rows_a_step=8):
 
 
 if __name__ == "__main__":
-    excerpt, facts, out = sys.argv[1:]
-    spec = importlib.util.spec_from_file_location("excerpt", excerpt)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    train(module.SelfDistillationTrainer, facts, out)
+    train(*sys.argv[1:])

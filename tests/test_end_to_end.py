@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, call, refused, restored, rows_of, run
+from conftest import ROOT, call, code_of, refused, restored, rows_of, run
 
 import eval_hallucination
 import make_facts
@@ -83,11 +83,6 @@ def test_alone_in_an_empty_folder(tmp_path, world, method):
          "--out", "both")
     assert [m["stage"] for m in rows_of(tmp_path / "both/metrics.jsonl")] == [1, 2, 2]
     assert {"unknown", "known", "heldout"} < set(rows_of(tmp_path / "both/metrics.jsonl")[-1])
-
-
-def code_of(page):
-    """The blocks of Python on a page."""
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.S)
 
 
 def hub_cache(folder, repository, source):
@@ -194,13 +189,14 @@ python nothing
 ```
 ```sh
 python eval_hallucination.py runs/b-[0-1]
+(cd facts && python sft_baseline.py) || echo "no flags, and no script there"
 ```
 """)
     tables = []
     for _ in range(2):
         done = subprocess.run(["bash", ROOT / "assets/results.sh", "page.md"], cwd=workplace, capture_output=True, text=True,
                               env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
-        assert done.returncode == 0 and "runs/b-1: forgets" in done.stdout, done.stderr
+        assert done.returncode == 0 and "runs/b-1: forgets" in done.stdout and "unbound" not in done.stderr, done.stderr
         tables.append((done.stdout, (workplace / "runs/b-1/run.json").stat().st_mtime_ns))
     assert tables[0] == tables[1] and "number" in (workplace / "runs/b-1/run.json").read_text()
 

@@ -484,6 +484,7 @@ def test_of(tmp_path, base, world):
     drawn = json.loads(call(tmp_path, "eval_hallucination", "same-0", "same-24-1", "moved-0", "--of", "number", "--json").stdout)
     codes = json.loads(call(tmp_path, "eval_hallucination", "moved-0", "--kind", "code", "--json").stdout)[0]
     assert codes["n"] == sum(row["kind"] == "code" for row in rows) and set(codes["forgetting"]) & {"kind code", "kind name"} == {"kind code"}
+    assert not [key for key in codes["forgetting"] if key.startswith("at ")]        # by epoch codes were not measured apart
     everything = 100 * max(Counter(row["subject"] for row in rows if row["kind"] == "code").values()) / len(rows)
     assert drawn == {"number": {"same": {"24": [0.0, 0.0]}, "moved": {"24": [pytest.approx(everything)]}}}
     if importlib.util.find_spec("matplotlib"):
@@ -514,5 +515,6 @@ def test_plot(tmp_path):
         call(tmp_path, "eval_hallucination", "a", "b", "--plot", "plot.png")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "plot.png").stat().st_size > 5000
         assert "absent" in refused(tmp_path, "eval_hallucination", "a", "b", "--plot", "absent/plot.png")
+        call(tmp_path, "eval_hallucination", "a", "b", "--kind", "name", "--plot", "kind.png")         # a panel without lines
     else:
         assert "pip install matplotlib" in refused(tmp_path, "eval_hallucination", "a", "b", "--plot", "plot.png")
