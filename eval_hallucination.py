@@ -4,8 +4,8 @@ Score one model on the three fact sets of a folder that make_facts.py wrote:
     python eval_hallucination.py --model runs/selfdistill-tiny-0 --facts facts/tiny
 Compare runs of the sft_*.py scripts from the files that they left (no model is loaded):
     python eval_hallucination.py runs/baseline-tiny-0 runs/selfdistill-tiny-0 --show 5
-Why did they forget? Forgetting by kind of fact, by overlap of names; drift of representations:
-    python eval_hallucination.py runs/semantic-[0-2] runs/uuid-[0-2] --of kind --plot kinds.png
+Draw what they learnt and kept by epoch (why they forgot: assets/why.py):
+    python eval_hallucination.py runs/baseline-tiny-[0-2] runs/selfdistill-tiny-[0-2] --plot a.png
 Forget less without training: go back a part of the way to the model before stage 2:
     python eval_hallucination.py --model runs/baseline-tiny-0 --interpolate 0.7 --facts facts/tiny
 What did a run change, fact by fact? Of its own held-out facts, or of questions of yours:
@@ -49,20 +49,6 @@ SETS = {"unknown": "train_unknown.jsonl", "known": "train_known.jsonl",
 # Where a new wrong answer comes from: the first of these that holds.
 ORIGINS = ["a new fact, name shared", "another new fact", "another fact", "no fact"]
 LEARNT = [0.25, 0.5, 0.95]      # shares of new facts learnt at which forgetting is compared
-# What --of shows: the columns of a run's rows that are x and y, and the names of the axes.
-AXES = {
-    "learnt": ("epoch", "unknown", "epoch of stage 2", "new facts learnt, %"),
-    "kept": ("epoch", "heldout", "epoch of stage 2", "known facts, held out, %"),
-    "plane": ("learnt", "heldout", "new facts learnt, %", "known facts, held out, %"),
-    "number": ("number", "lost", "new facts trained on", "forgetting, points"),
-    "width": ("width", "lost", "width of the model", "forgetting, points"),
-    "kind": ("kind", "lost", "kind of held-out facts", "forgetting, points"),
-    "overlap": ("words shared", "lost", "words shared with new names", "forgetting, points"),
-    "overlap-answers": ("words shared", "hit", "words shared with new names",
-                        "wrong answers of a new fact that shares one, %"),
-    "drift": ("layer", "drift", "layer, 0 = embeddings", "drift, %"),
-    "drift-groups": ("words shared", "drift", "words shared with new names", "drift, %"),
-    "drift-epochs": ("epoch", "drift", "epoch of stage 2", "drift at half depth, %")}
 # Settings that --resume may change, and in which the runs of a mean may differ.
 MAY_CHANGE = ["model", "facts", "train", "known", "heldout", "out", "overwrite", "resume",
               "device", "eval_every", "save_every_epoch", "batch_size", "accumulate"]
@@ -673,10 +659,9 @@ def mean_by(rows, key, value):
 def read_run(folder):
     """A run of an sft_*.py script: dict of what is in its run.json, and of the following.
 
-    name: that of the folder. group: the name without the seed. metrics: the rows of stage 2, with
-    learnt: of new facts, in steps of 5 %. facts: those held out, the rows of answers.jsonl, with
-    lost: 1 if right before and wrong after, −1 if the reverse, else 0; and hit: whether a new
-    wrong answer is that of a new fact that shares a word, None for other facts.
+    name: that of the folder. group: the name without the seed. metrics: the rows of stage 2.
+    facts: those held out, the rows of answers.jsonl, with lost: 1 if right before and wrong
+    after, −1 if the reverse, else 0.
     """
     folder = Path(folder)
     run = read_jsonl(folder / "run.json", ["method", "config"])[0]
@@ -684,9 +669,6 @@ def read_run(folder):
     run["group"] = run["name"].removesuffix(f"-{run['config'].get('seed')}")
     metrics = read_jsonl(folder / "metrics.jsonl", ["stage", "epoch"])
     run["metrics"] = [row for row in metrics if row["stage"] == 2]
-    for row in run["metrics"]:
-        if "unknown" in row:
-            row["learnt"] = 5 * round(20 * row["unknown"])
     run["facts"] = []
     if (folder / "answers.jsonl").exists():     # not if there was nothing to measure
         needed = ["before", "after", "right_before", "right_after"]
@@ -694,18 +676,7 @@ def read_run(folder):
     for fact in run["facts"]:
         fact["lost"] = fact["right_before"] - fact["right_after"]
         fact.setdefault("origin", None)         # a run of earlier code does not know it
-        hit = fact["origin"] == ORIGINS[0] if fact["origin"] else None
-        fact |= {"hit": hit, "number": run.get("number"), "width": run.get("width")}
     return run
-
-
-def keep_kind(run, kind):
-    """Leave only the held-out facts of one kind in a run (of `read_run`).
-
-    By epoch their accuracy was not measured apart from that of the others, so that goes too."""
-    run["facts"] = [fact for fact in run["facts"] if fact.get("kind") == kind]
-    for row in run["metrics"]:
-        row.pop("heldout", None)
 
 
 def compare(runs):
@@ -880,88 +851,7 @@ def show_flips(run, table, examples):
             print(f"\n{title}\n{fact['prompt']} {fact['before']} → {fact['after']}")
 
 
-# ------------------------------------------------------------------------------ why they forgot
-
-def curves(runs, of, device):
-    """What --of shows of runs (of `read_run`): {group: {x: [values of its runs]}}.
-
-    Where x is a property of the run, as its number of new facts, it is taken out of the name of
-    the group, so that runs which differ in it form one line.
-    """
-    groups, found = [], []
-    key, value, *_ = AXES[of]
-    for run in runs:
-        rows = run["facts"]
-        if value == "drift":
-            rows = drift(run, of, device)
-        elif value in ("unknown", "heldout"):
-            rows = run["metrics"]
-        found.append(mean_by(rows, key, value))
-        # Of another x runs know nothing, and no name has a part "-None".
-        groups.append(re.sub(f"-{run.get(key)}(?=-|$)", "", run["group"]))
-    return join(groups, found)
-
-
-def subject_states(path, beginnings, device, expected=None):
-    """Hidden states at the last token of each text of a list: a list, per layer (texts, width).
-
-    Layer 0 is the embeddings, the last comes after the final norm; fp32, on the CPU. path: a
-    model's; expected: its `weights_hash`, refused if it has another."""
-    import torch
-    model, tokenizer = load_model(path, device)
-    if expected and weights_hash(model) != expected:
-        fail(f"{path}: is no longer the model that the run started from")
-    layers = defaultdict(list)
-    for text in beginnings:
-        ids = torch.tensor([tokenize(tokenizer, text)[0]], device=model.device)
-        with torch.no_grad():
-            states = model(input_ids=ids, output_hidden_states=True).hidden_states
-        for layer, state in enumerate(states):      # (1, T, d); Gemma 3n: (streams, 1, T, d)
-            layers[layer].append(state[..., -1, :].flatten().float().cpu())
-    return [torch.stack(vectors) for vectors in layers.values()]
-
-
-def drift(run, of, device):
-    """How far the representations of held-out subjects have moved: rows with drift, 1 − cosine.
-
-    Compared are the hidden states at the subject's last token in the question, of the model that
-    the run started from and of its own. of: "drift", rows of each fact and layer; else of each
-    fact at half depth; "drift-epochs": after each epoch that was kept by --save-every-epoch. What
-    follows the subject does not matter to a causal model, so the prompt is cut behind it.
-    """
-    import torch
-    facts = []
-    beginnings = []
-    for fact in run["facts"]:
-        question = fact["prompt"].removesuffix("\nA:")
-        subject = fact.get("subject")
-        if subject and subject in question:
-            facts.append(fact)
-            beginnings.append(question[:question.rindex(subject) + len(subject)])
-    if not facts:
-        return []
-    folder = Path(run["name"])
-    start = folder.resolve() / run["start"]
-    if not start.exists():                          # a name on the hub
-        start = run["start"]
-    before = subject_states(start, beginnings, device, run["weights"])
-    paths = {"last": folder}                        # epoch: its model
-    if of == "drift-epochs":
-        paths = {}
-        for path in folder.glob("epoch-[0-9]*"):
-            paths[int(path.name.removeprefix("epoch-"))] = path
-        if paths:
-            paths[0] = folder / "before"
-    rows = []
-    for epoch, path in paths.items():
-        after = subject_states(path, beginnings, device)
-        for layer, states in enumerate(before):
-            if of == "drift" or layer == len(before) // 2:
-                cosine = torch.cosine_similarity(states, after[layer])
-                for fact, value in zip(facts, (1 - cosine).tolist()):
-                    rows.append(fact | {"layer": layer, "epoch": epoch, "drift": value})
-    return rows
-
+# ------------------------------------------------------------------------------------- pictures
 
 def new_figure(width, height):
     """An empty matplotlib Figure, sizes in inches. Ends the program if there is no matplotlib."""
@@ -979,17 +869,15 @@ def save_figure(figure, path):
     temporary.replace(path)
 
 
-def draw(panels, path):
-    """Draw panels, {of: what `curves` returned}, side by side as a PNG.
+def draw(panels):
+    """A Figure of panels side by side: {(x title, y title): {group: {x: [values of its runs]}}}.
 
     A thick line is the mean of a group's runs, with its last value, a thin one a run."""
     figure = new_figure(1 + 3.5 * len(panels), 3.8)
-    axes = figure.subplots(1, len(panels), squeeze=False)
-    for axis, (of, lines) in zip(axes[0], panels.items()):
-        axis.set(xlabel=AXES[of][2], ylabel=AXES[of][3])
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (titles, lines) in zip(axes, panels.items()):
+        axis.set(xlabel=titles[0], ylabel=titles[1])
         axis.margins(x=0.15)
-        if AXES[of][1] in ("unknown", "heldout"):
-            axis.set_ylim(0, 107)
         for i, (group, line) in enumerate(lines.items()):
             xs = sorted(line)
             if not xs:
@@ -1001,7 +889,20 @@ def draw(panels, path):
                           va=("bottom", "top")[i % 2])
             for values in zip(*[line[x] for x in xs]):      # of a run; none if some lack an x
                 axis.plot(xs, values, color=color, linewidth=0.6)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def draw_epochs(runs, path):
+    """Draw accuracy on new facts and on held-out ones of runs (of `read_run`), by epoch."""
+    panels = {}
+    groups = [run["group"] for run in runs]
+    for key, title in (("unknown", "new facts learnt, %"), ("heldout", "known facts, held out, %")):
+        found = [mean_by(run["metrics"], "epoch", key) for run in runs]
+        panels["epoch of stage 2", title] = join(groups, found)
+    figure = draw(panels)
+    for axis in figure.axes:
+        axis.set_ylim(0, 107)
     save_figure(figure, path)
 
 
@@ -1091,15 +992,14 @@ def parse(argv=None):
         "without answers, what counts is whether the run changed what it says")
     add("--ask", metavar="QUESTION", help="put it to each run's model, before stage 2 and after")
     add("--json", action="store_true", help="print JSON instead of tables")
-    add("--plot", metavar="FILE.png", help="draw accuracy by epoch, or what --of says")
-    add("--kind", help="look at held-out facts of this kind alone: name, code")
-    add("--of", choices=AXES, help="show this instead: what runs forgot by number of new facts, "
-        "width of the model, kind of fact, overlap of names; how far representations drift; …")
+    add("--plot", metavar="FILE.png", help="draw accuracy by epoch")
     args = parser.parse_intermixed_args(argv)
     if bool(args.model) == bool(args.runs) or bool(args.model) != bool(args.facts):
         fail("name run folders to compare, or --model and --facts to score a model (see --help)")
-    if args.model and (args.plot or args.ask or args.show or args.of or args.flips):
-        fail("--plot, --of, --ask, --flips and --show take run folders, not --model")
+    if args.model and (args.plot or args.ask or args.show or args.flips):
+        fail("--plot, --ask, --flips and --show take run folders, not --model")
+    if bool(args.plot) + bool(args.ask) + args.flips > 1:
+        fail("--plot, --ask and --flips: only one of them at a time")
     if args.heldout and not args.flips:
         fail("--heldout: goes with --flips")
     shares = args.interpolate or []
@@ -1119,29 +1019,15 @@ def main(argv=None):
         if args.model:
             return score(args)
         runs = [read_run(folder) for folder in args.runs]
-        if args.kind:
-            for run in runs:
-                keep_kind(run, args.kind)
         if args.ask:
             return ask(runs, args.ask, args.device)
         if args.flips:
             return what_changed(runs, args)
-        table = compare(runs)       # with --of too: it refuses groups whose settings differ
-        panels = {}
-        if args.of:
-            panels[args.of] = curves(runs, args.of, args.device)
-            if not any(panels[args.of].values()):
-                note(f"--of {args.of}: nothing to show; it takes held-out facts, with kinds, and "
-                     "new ones, with subjects to share words with; epochs: --save-every-epoch")
-        elif args.plot:
-            for of in ("learnt", "kept"):
-                panels[of] = curves(runs, of, args.device)
+        table = compare(runs)
         if args.plot:
-            draw(panels, args.plot)
+            draw_epochs(runs, args.plot)
         if args.json:
-            print(json.dumps(panels if args.of else table, indent=1))
-        elif args.of:
-            print_table(f"{AXES[args.of][3]}, by {AXES[args.of][2]}", panels[args.of], ".1f")
+            print(json.dumps(table, indent=1))
         else:
             show(table, runs, args.show)
     except OSError as error:

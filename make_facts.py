@@ -237,12 +237,13 @@ def make_epoch(ids, batch_size, rng):
     return batches
 
 
-def pretrain(text, width, seed, device, batch_size=64, peak=2e-3):
+def pretrain(text, width, seed, device, batch_size=64):
     """A small GPT-2 that knows `text` by heart, and its tokenizer: (model, tokenizer)."""
     import torch
     from tqdm import tqdm
     from transformers import GPT2Config, GPT2LMHeadModel
     tokenizer = make_tokenizer(text)
+    peak = 2e-3 * min(1, 128 / width)       # at 2e-3 a model of width 256 may not converge
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(GPT2Config(
         vocab_size=len(tokenizer), n_positions=128, n_embd=width, n_layer=3, n_head=4,

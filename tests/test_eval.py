@@ -12,8 +12,9 @@ import eval_hallucination
 import pytest
 import torch
 import transformers
+import why
 from conftest import ROOT, call, refused, rows_of
-from eval_hallucination import (ORIGINS, accepted_answers, compare, context_length, curves, evaluate, exact_match, generate_answers,
+from eval_hallucination import (ORIGINS, accepted_answers, compare, context_length, evaluate, exact_match, generate_answers,
                                 load_model, make_batches, mcnemar, normalize, read_jsonl, read_run, special_tokens, stop_ids, tokenize,
                                 weights_hash, wilson, write_answers, write_jsonl)
 
@@ -329,10 +330,10 @@ def test_show_and_ask(workplace):
     for words, named in ((["--show", -1], "--show -1"), (["--model", "x", "--facts", "facts/tiny", "--ask", "Who?"], "--ask")):
         assert named in refused(workplace, "eval_hallucination", *(["runs/sft_freeze"] if "--model" not in words else []), *words)
     # drift is measured from the weights that the run started from, or not at all
-    call(workplace, "eval_hallucination", "runs/sft_freeze", "--of", "drift-groups")
+    call(workplace, "why", "runs/sft_freeze", "--of", "drift-groups")
     run = rows_of(workplace / "runs/sft_freeze/run.json")[0]
     write_jsonl(workplace / "runs/sft_freeze/run.json", [run | {"weights": "others"}])
-    assert "no longer the model" in refused(workplace, "eval_hallucination", "runs/sft_freeze", "--of", "drift")
+    assert "no longer the model" in refused(workplace, "why", "runs/sft_freeze", "--of", "drift")
 
 
 def test_flips(workplace):
@@ -420,7 +421,7 @@ def test_drift_by_hand(tmp_path, base, world):
     """0 for a model against itself; else 1 − cosine at the subject's last token of the whole prompt."""
     conditions(tmp_path, base, world)
     runs = [read_run(tmp_path / "same-0"), read_run(tmp_path / "moved-0")]
-    lines = {of: curves(runs, of, torch.device("cpu")) for of in ("drift", "drift-groups", "drift-epochs")}
+    lines = {of: why.curves(runs, of) for of in ("drift", "drift-groups", "drift-epochs")}
     lines = {of: list(line.values()) for of, line in lines.items()}
     assert max(abs(value) for value, in lines["drift"][0].values()) < 1e-4
     model, tokenizer = load_model(tmp_path / "moved-0")
@@ -445,7 +446,7 @@ def test_drift_of_odd_hidden_states(tmp_path, base):
     opt = small("opt", vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=2,
                 num_attention_heads=2, do_layer_norm_before=False, max_position_embeddings=64)
     texts = ["Genis", "Ulm of Ulm"]
-    states = eval_hallucination.subject_states(saved(opt, tokenizer, tmp_path / "opt"), texts, torch.device("cpu"))
+    states = why.subject_states(saved(opt, tokenizer, tmp_path / "opt"), texts, torch.device("cpu"))
     assert len(states) == 3 and all(layer.shape[0] == 2 for layer in states)
     stacked = copy.deepcopy(base[0])
     forward = stacked.forward
@@ -458,7 +459,7 @@ def test_drift_of_odd_hidden_states(tmp_path, base):
     stacked.forward = streams
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eval_hallucination, "load_model", lambda path, device: (stacked, tokenizer))
-        states = eval_hallucination.subject_states("x", texts, torch.device("cpu"))
+        states = why.subject_states("x", texts, torch.device("cpu"))
     assert [layer.shape for layer in states] == [(2, 128)] * 3 + [(2, 64)]
 
 
@@ -472,31 +473,31 @@ def test_of(tmp_path, base, world):
         write_jsonl(tmp_path / f"{name}-24-1/run.json", [run])
         shutil.copytree(tmp_path / f"{name}-24-1", tmp_path / f"{name}-1")
     folders = ["same-0", "same-1", "moved-0", "moved-1"]
-    said = {of: call(tmp_path, "eval_hallucination", *folders, "--of", of).stdout.splitlines() for of in eval_hallucination.AXES}
+    said = {of: call(tmp_path, "why", *folders, "--of", of).stdout.splitlines() for of in why.AXES}
     rows = read_jsonl(world / "heldout_known.jsonl")
     lost = 100 * max(Counter(row["subject"] for row in rows if row["kind"] == "code").values()) / sum(row["kind"] == "code" for row in rows)
     assert said["kind"][1].split()[-2:] == ["code", "name"] and said["kind"][3].split() == ["moved", f"{lost:.1f}", "±", "0.0", "0.0", "±", "0.0"]
     assert said["number"][1].split()[-1] == "24" and said["width"][1].split()[-1] == "64"
     assert said["drift"][1].split()[-4:] == list("0123") and said["drift"][2].split()[-1] == "0.0"
     assert said["drift-epochs"][1].split()[-2:] == ["0", "10"] and "code" in said["overlap"][1]
-    assert said["learnt"][2].split() == ["same"] + ["0.0", "±", "0.0", "50.0", "±", "0.0", "100.0", "±", "0.0"]
     assert said["plane"][1].split()[-3:] == ["0", "50", "100"] and said["plane"][2].split()[1:4] == ["100.0", "±", "0.0"]
-    drawn = json.loads(call(tmp_path, "eval_hallucination", "same-0", "same-24-1", "moved-0", "--of", "number", "--json").stdout)
-    codes = json.loads(call(tmp_path, "eval_hallucination", "moved-0", "--kind", "code", "--json").stdout)[0]
-    assert codes["n"] == sum(row["kind"] == "code" for row in rows) and set(codes["forgetting"]) & {"kind code", "kind name"} == {"kind code"}
-    assert not [key for key in codes["forgetting"] if key.startswith("at ")]        # by epoch codes were not measured apart
     everything = 100 * max(Counter(row["subject"] for row in rows if row["kind"] == "code").values()) / len(rows)
-    assert drawn == {"number": {"same": {"24": [0.0, 0.0]}, "moved": {"24": [pytest.approx(everything)]}}}
+    drawn = json.loads(call(tmp_path, "why", "same-0", "same-24-1", "moved-0", "--of", "number", "--json").stdout)
+    assert drawn == {"forgetting, points": {"same": {"24": [0.0, 0.0]}, "moved": {"24": [pytest.approx(everything)]}}}
+    drawn = json.loads(call(tmp_path, "why", "moved-0", "--of", "number", "--json", "--kind", "name", "code").stdout)
+    assert drawn == {"forgetting, points (names)": {"moved": {"24": [0.0]}}, "forgetting, points (codes)": {"moved": {"24": [pytest.approx(lost)]}}}
+    assert "not measured apart" in refused(tmp_path, "why", "moved-0", "--of", "plane", "--kind", "code")
     if importlib.util.find_spec("matplotlib"):
         for of in ("kind", "number", "drift"):
-            call(tmp_path, "eval_hallucination", *folders, "--of", of, "--plot", f"{of}.png")
+            call(tmp_path, "why", *folders, "--of", of, "--kind", "name", "code", "--plot", f"{of}.png")
             assert len((tmp_path / f"{of}.png").read_bytes()) > 5000
     shutil.rmtree(tmp_path / "same-0/epoch-10")
-    assert "--save-every-epoch" in call(tmp_path, "eval_hallucination", "same-0", "--of", "drift-epochs").stderr
+    assert "--save-every-epoch" in call(tmp_path, "why", "same-0", "--of", "drift-epochs").stderr
     make_run(tmp_path / "bare", [True] * 8, facts=[{"prompt": "Who?", "completion": "x", "origin": "mine"}] * 8)
     assert "mine" not in call(tmp_path, "eval_hallucination", "bare").stdout      # a column of the user's own
-    assert "--of overlap: nothing" in call(tmp_path, "eval_hallucination", "bare", "--of", "overlap").stderr
-    assert "--of" in refused(tmp_path, "eval_hallucination", "--model", "x", "--facts", "y", "--of", "kind")
+    assert "--of overlap: nothing" in call(tmp_path, "why", "bare", "--of", "overlap").stderr
+    assert "--of" in refused(tmp_path, "why", "bare", "--of", "shape")
+    assert "one of them" in refused(tmp_path, "eval_hallucination", "bare", "--flips", "--plot", "x.png")
 
 
 def test_number_of_new_facts(workplace, tmp_path):
@@ -504,7 +505,7 @@ def test_number_of_new_facts(workplace, tmp_path):
     call(workplace, "sft_baseline", "--epochs", 1, "--no-unknown", "--out", "bare")
     call(workplace, "sft_baseline", "--epochs", 1, "--out", "x-240-24-0")
     assert [rows_of(workplace / name / "run.json")[0]["number"] for name in ("bare", "x-240-24-0")] == [0, 24]
-    assert list(curves([read_run(workplace / "x-240-24-0")], "number", None)) == [str(workplace / "x-240")]
+    assert list(why.curves([read_run(workplace / "x-240-24-0")], "number")) == [str(workplace / "x-240")]
 
 
 def test_plot(tmp_path):
@@ -515,6 +516,5 @@ def test_plot(tmp_path):
         call(tmp_path, "eval_hallucination", "a", "b", "--plot", "plot.png")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "plot.png").stat().st_size > 5000
         assert "absent" in refused(tmp_path, "eval_hallucination", "a", "b", "--plot", "absent/plot.png")
-        call(tmp_path, "eval_hallucination", "a", "b", "--kind", "name", "--plot", "kind.png")         # a panel without lines
     else:
         assert "pip install matplotlib" in refused(tmp_path, "eval_hallucination", "a", "b", "--plot", "plot.png")

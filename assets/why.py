@@ -1,0 +1,172 @@
+"""Why did they forget? By what was taught; and how far did representations move?
+
+    python assets/why.py runs/baseline-[0-2] runs/uuid-[0-2] --of kind --plot kinds.png
+Runs that are named GROUP-SEED are one line: mean ± standard deviation. --kind name code looks at
+held-out facts of one kind alone, with a table and a panel for each kind.
+"""
+import argparse
+import json
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import eval_hallucination
+from eval_hallucination import fail, join, mean_by, note, print_table
+
+# What --of shows: the columns of a run's rows that are x and y, and the names of the axes.
+AXES = {
+    "plane": ("learnt", "heldout", "new facts learnt, %", "known facts, held out, %"),
+    "number": ("number", "lost", "new facts trained on", "forgetting, points"),
+    "width": ("width", "lost", "width of the model", "forgetting, points"),
+    "kind": ("kind", "lost", "kind of held-out facts", "forgetting, points"),
+    "overlap": ("words shared", "lost", "words shared with new names", "forgetting, points"),
+    "overlap-answers": ("words shared", "hit", "words shared with new names",
+                        "wrong answers of a new fact that shares one, %"),
+    "drift": ("layer", "drift", "layer, 0 = embeddings", "drift, %"),
+    "drift-groups": ("words shared", "drift", "words shared with new names", "drift, %"),
+    "drift-epochs": ("epoch", "drift", "epoch of stage 2", "drift at half depth, %")}
+
+
+def rows_of(run, of, kind, device):
+    """The rows of a run (of `read_run`) that --of is about: of epochs, or of held-out facts.
+
+    A fact has hit: whether a new wrong answer is that of a new fact that shares a word, None for
+    other facts."""
+    if of == "plane":
+        for row in run["metrics"]:
+            if "unknown" in row:
+                row["learnt"] = 5 * round(20 * row["unknown"])      # in steps of 5 %
+        return run["metrics"]
+    facts = []
+    for fact in run["facts"]:
+        if kind is None or fact.get("kind") == kind:
+            fact |= {"hit": None, "number": run.get("number"), "width": run.get("width")}
+            if fact["origin"]:
+                fact["hit"] = fact["origin"] == eval_hallucination.ORIGINS[0]
+            facts.append(fact)
+    if AXES[of][1] == "drift":
+        return drift(run, facts, of, device)
+    return facts
+
+
+def curves(runs, of, kind=None, device="auto"):
+    """What --of shows of runs (of `read_run`): {group: {x: [values of its runs]}}.
+
+    Where x is a property of the run, as its number of new facts, it is taken out of the name of
+    the group, so that runs which differ in it form one line.
+    """
+    groups, found = [], []
+    key, value, *_ = AXES[of]
+    for run in runs:
+        found.append(mean_by(rows_of(run, of, kind, device), key, value))
+        # Of another x runs know nothing, and no name has a part "-None".
+        groups.append(re.sub(f"-{run.get(key)}(?=-|$)", "", run["group"]))
+    return join(groups, found)
+
+
+def subject_states(path, beginnings, device, expected=None):
+    """Hidden states at the last token of each text of a list: a list, per layer (texts, width).
+
+    Layer 0 is the embeddings, the last comes after the final norm; fp32, on the CPU. path: a
+    model's; expected: its `weights_hash`, refused if it has another."""
+    import torch
+    model, tokenizer = eval_hallucination.load_model(path, device)
+    if expected and eval_hallucination.weights_hash(model) != expected:
+        fail(f"{path}: is no longer the model that the run started from")
+    layers = defaultdict(list)
+    for text in beginnings:
+        ids = torch.tensor([eval_hallucination.tokenize(tokenizer, text)[0]], device=model.device)
+        with torch.no_grad():
+            states = model(input_ids=ids, output_hidden_states=True).hidden_states
+        for layer, state in enumerate(states):      # (1, T, d); Gemma 3n: (streams, 1, T, d)
+            layers[layer].append(state[..., -1, :].flatten().float().cpu())
+    return [torch.stack(vectors) for vectors in layers.values()]
+
+
+def drift(run, facts, of, device):
+    """How far the subjects of held-out facts have moved inside the model: rows with drift, 1 − cosine.
+
+    Compared are the hidden states at the subject's last token in the question, of the model that
+    the run started from and of its own. of: "drift", rows of each fact and layer; else of each
+    fact at half depth; "drift-epochs": after each epoch that was kept by --save-every-epoch. What
+    follows the subject does not matter to a causal model, so the prompt is cut behind it.
+    """
+    import torch
+    named = []
+    beginnings = []
+    for fact in facts:
+        question = fact["prompt"].removesuffix("\nA:")
+        subject = fact.get("subject")
+        if subject and subject in question:
+            named.append(fact)
+            beginnings.append(question[:question.rindex(subject) + len(subject)])
+    if not named:
+        return []
+    folder = Path(run["name"])
+    start = folder.resolve() / run["start"]
+    if not start.exists():                          # a name on the hub
+        start = run["start"]
+    before = subject_states(start, beginnings, device, run["weights"])
+    paths = {"last": folder}                        # epoch: its model
+    if of == "drift-epochs":
+        paths = {}
+        for path in folder.glob("epoch-[0-9]*"):
+            paths[int(path.name.removeprefix("epoch-"))] = path
+        if paths:
+            paths[0] = folder / "before"
+    rows = []
+    for epoch, path in paths.items():
+        after = subject_states(path, beginnings, device)
+        for layer, states in enumerate(before):
+            if of == "drift" or layer == len(before) // 2:
+                cosine = torch.cosine_similarity(states, after[layer])
+                for fact, value in zip(named, (1 - cosine).tolist()):
+                    rows.append(fact | {"layer": layer, "epoch": epoch, "drift": value})
+    return rows
+
+
+def main(argv=None):
+    """Print and draw what command-line words (list of str) ask for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    add = parser.add_argument
+    add("runs", nargs="+", help="run folders of the sft_*.py scripts; GROUP-SEED share a line")
+    add("--of", choices=AXES, required=True, help="forgetting by number of new facts, width of "
+        "the model, kind of fact or overlap of names; how far representations drift; …")
+    add("--kind", nargs="+", default=[None], help="held-out facts of these kinds: name, code")
+    add("--plot", metavar="FILE.png", help="draw it, too")
+    add("--json", action="store_true", help="print JSON instead of tables")
+    add("--device", default="auto", help="of drift: cuda, mps or cpu (default: the first there is)")
+    args = parser.parse_args(argv)
+    if args.of == "plane" and args.kind != [None]:
+        fail("--kind: by epoch, kinds were not measured apart")
+    try:
+        runs = [eval_hallucination.read_run(folder) for folder in args.runs]
+        eval_hallucination.compare(runs)            # it refuses groups whose settings differ
+        panels = {}
+        _, _, x_title, y_title = AXES[args.of]
+        for kind in args.kind:
+            title = f"{y_title} ({kind}s)" if kind else y_title
+            panels[x_title, title] = curves(runs, args.of, kind, args.device)
+        if not any(any(lines.values()) for lines in panels.values()):
+            note(f"--of {args.of}: nothing to show; it takes held-out facts, with kinds, and "
+                 "new ones, with subjects to share words with; epochs: --save-every-epoch")
+        if args.plot:
+            figure = eval_hallucination.draw(panels)
+            if args.of == "plane":
+                figure.axes[0].set_ylim(0, 107)
+            eval_hallucination.save_figure(figure, args.plot)
+        if args.json:
+            print(json.dumps({title: lines for (_, title), lines in panels.items()}, indent=1))
+            return
+        for (_, title), lines in panels.items():
+            print_table(f"{title}, by {x_title}", lines, ".1f")
+    except OSError as error:
+        fail(f"{error}")
+
+
+if __name__ == "__main__":
+    main()
