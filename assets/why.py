@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval_hallucination
-from eval_hallucination import fail, join, mean_by, note, print_table
+from eval_hallucination import accepted_answers, fail, join, mean_by, normalize, note, print_table
 
 # What --of shows: the columns of a run's rows that are x and y, and the names of the axes.
 AXES = {
@@ -21,6 +21,7 @@ AXES = {
     "number": ("number", "lost", "new facts trained on", "forgetting, points"),
     "width": ("width", "lost", "width of the model", "forgetting, points"),
     "kind": ("kind", "lost", "kind of held-out facts", "forgetting, points"),
+    "answer": ("answer in the name", "lost", "the answer stands in the name", "forgetting, points"),
     "overlap": ("words shared", "lost", "words shared with new names", "forgetting, points"),
     "overlap-answers": ("words shared", "hit", "words shared with new names",
                         "wrong answers of a new fact that shares one, %"),
@@ -33,7 +34,7 @@ def rows_of(run, of, kind, device):
     """The rows of a run (of `read_run`) that --of is about: of epochs, or of held-out facts.
 
     A fact has hit: whether a new wrong answer is that of a new fact that shares a word, None for
-    other facts."""
+    other facts; and answer in the name: "yes" if its subject has a right answer in it, else "no"."""
     if of == "plane":
         for row in run["metrics"]:
             if "unknown" in row:
@@ -45,6 +46,9 @@ def rows_of(run, of, kind, device):
             fact |= {"hit": None, "number": run.get("number"), "width": run.get("width")}
             if fact["origin"]:
                 fact["hit"] = fact["origin"] == eval_hallucination.ORIGINS[0]
+            name = f" {normalize(fact.get('subject') or '')} "
+            inside = [f" {normalize(answer)} " in name for answer in accepted_answers(fact)]
+            fact["answer in the name"] = "yes" if any(inside) else "no"
             facts.append(fact)
     if AXES[of][1] == "drift":
         return drift(run, facts, of, device)

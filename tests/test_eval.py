@@ -261,7 +261,7 @@ def test_compare(tmp_path):
     third = make_run(tmp_path / "c", [True] * 8, heldout="other")
     a, b, c = compare([first, second, third])
     assert a["accuracy"] == {"Unknown learnt": 1.0, "Known trained": 1.0, "held out before": 1.0, "held out after": 0.5}
-    assert a["forgetting"] == {"all": 50.0, "relation a": 0.0, "relation b": 100.0, "kind name": 50.0, "at 25% learnt": 0.0, "at 50% learnt": 0.0, "at 95% learnt": 50.0}
+    assert a["forgetting"] == {"all": 50.0, "all, % of the peak": 50.0, "relation a": 0.0, "relation b": 100.0, "kind name": 50.0, "at 25% learnt": 0.0, "at 50% learnt": 0.0, "at 95% learnt": 50.0}
     assert b["forgetting"]["all"] == 12.5 and a["interval"] == wilson(4, 8) and (a["n"], a["group"]) == (8, str(tmp_path / "a"))
     assert b["mcnemar"] == [str(tmp_path / "a"), 0, 3, 0.25]
     assert "mcnemar" not in a and "mcnemar" not in c                    # other held-out rows: not paired
@@ -498,6 +498,23 @@ def test_of(tmp_path, base, world):
     assert "--of overlap: nothing" in call(tmp_path, "why", "bare", "--of", "overlap").stderr
     assert "--of" in refused(tmp_path, "why", "bare", "--of", "shape")
     assert "one of them" in refused(tmp_path, "eval_hallucination", "bare", "--flips", "--plot", "x.png")
+
+
+def test_answer_in_the_name(tmp_path):
+    """Facts whose answer, whole words, can be read off the name are told from the others; of several answers one is enough."""
+    facts = [{"prompt": "?", "subject": subject, "answers": answers} for subject, answers in (
+        ("Ford Focus", ["Fiat", "ford"]), ("the Amman Governorate", ["Amman"]), ("Fordham", ["Ford"]), ("Mazda2", ["Mazda"]))]
+    make_run(tmp_path / "a-0", [True, False, False, False], facts=facts)
+    drawn = json.loads(call(tmp_path, "why", "a-0", "--of", "answer", "--json").stdout)
+    assert drawn == {"forgetting, points": {"a": {"no": [100.0], "yes": [50.0]}}}
+
+
+def test_peak(tmp_path):
+    """Forgetting relative to the peak, as the paper has it: the peak may come after stage 2 has begun."""
+    run = make_run(tmp_path / "a", [True, False] * 4)
+    for row, kept in zip(run["metrics"], (0.75, 0.8, 0.5)):
+        row["heldout"] = kept
+    assert compare([run])[0]["forgetting"]["all, % of the peak"] == pytest.approx(37.5)
 
 
 def test_number_of_new_facts(workplace, tmp_path):
