@@ -38,7 +38,7 @@ from tqdm import tqdm
 METHOD = "baseline"
 # What the command line leaves open: for the invented world, and for real models.
 TINY = {"epochs": 60, "batch_size": 64, "learning_rate": 4e-4}
-REAL = {"epochs": 8, "batch_size": 32, "learning_rate": 1e-4}
+REAL = {"epochs": 12, "batch_size": 16, "learning_rate": 1e-4}
 
 
 def option(default, text):
@@ -63,8 +63,8 @@ class Config:
     no_unknown: bool = option(False, "stage 2 on known facts alone: a task without new facts")
     # optimisation
     format_epochs: int = option(1, "epochs of stage 1: they teach the form, not the facts")
-    epochs: int = option(None, "epochs of stage 2; default: 60 for tiny, else 8")
-    batch_size: int = option(None, "rows in a forward pass; default: 64 for tiny, else 32")
+    epochs: int = option(None, "epochs of stage 2; default: 60 for tiny, else 12")
+    batch_size: int = option(None, "rows in a forward pass; default: 64 for tiny, else 16")
     accumulate: int = option(1, "passes in a step: a larger batch in the same memory")
     learning_rate: float = option(None, "its peak; default: 4e-4 for tiny, else 1e-4; paper: 5e-5")
     warmup: float = option(0.3, "share of steps in which it rises; large first steps forget most")
