@@ -881,18 +881,20 @@ def draw(panels):
     for axis, (titles, lines) in zip(axes, panels.items()):
         axis.set(xlabel=titles[0], ylabel=titles[1])
         axis.margins(x=0.15)
-        for i, (group, line) in enumerate(lines.items()):
+        ends = sorted(np.mean(line[max(line)]) for line in lines.values() if line)
+        for group, line in lines.items():
             xs = sorted(line)
             if not xs:
                 continue        # nothing of the kind was measured
             means = [np.mean(line[x]) for x in xs]
+            place = ("top", "bottom")[ends.index(means[-1]) % 2]    # so that neighbours differ
             mean, = axis.plot(xs, means, marker=".", linewidth=2.5, label=group)
             color = mean.get_color()
-            axis.annotate(f" {means[-1]:.1f}", (xs[-1], means[-1]), color=color,
-                          va=("bottom", "top")[i % 2])
+            axis.annotate(f" {means[-1]:.1f}", (xs[-1], means[-1]), color=color, va=place)
             for values in zip(*[line[x] for x in xs]):      # of a run; none if some lack an x
                 axis.plot(xs, values, color=color, linewidth=0.6)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center",
+                  ncols=len(panels))
     return figure
 
 

@@ -25,7 +25,7 @@ python() {
         if [[ ${2:-} = table || -z $out ]]; then wait; command python "$@"; return; fi
         if [[ -e $out/run.json ]]; then return; fi
         # It may start from what an earlier run has left.
-        if [[ " $* " = *" --model runs/"* ]]; then wait; fi
+        if [[ " $* " = *" --model runs/"* || " $* " = *" --model frontier/"* ]]; then wait; fi
         wait_for_room
         mkdir -p "$(dirname "$out")"
         train "$@" &

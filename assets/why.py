@@ -17,33 +17,27 @@ from eval_hallucination import accepted_answers, fail, join, mean_by, normalize,
 
 # What --of shows: the columns of a run's rows that are x and y, and the names of the axes.
 AXES = {
-    "plane": ("learnt", "heldout", "new facts learnt, %", "known facts, held out, %"),
     "number": ("number", "lost", "new facts trained on", "forgetting, points"),
-    "width": ("width", "lost", "width of the model", "forgetting, points"),
     "kind": ("kind", "lost", "kind of held-out facts", "forgetting, points"),
     "answer": ("answer in the name", "lost", "the answer stands in the name", "forgetting, points"),
     "overlap": ("words shared", "lost", "words shared with new names", "forgetting, points"),
     "overlap-answers": ("words shared", "hit", "words shared with new names",
                         "wrong answers of a new fact that shares one, %"),
     "drift": ("layer", "drift", "layer, 0 = embeddings", "drift, %"),
+    "drift-lost": ("lost", "drift", "forgotten (1), kept (0) or gained (-1)", "drift, %"),
     "drift-groups": ("words shared", "drift", "words shared with new names", "drift, %"),
     "drift-epochs": ("epoch", "drift", "epoch of stage 2", "drift at half depth, %")}
 
 
-def rows_of(run, of, kind, device):
-    """The rows of a run (of `read_run`) that --of is about: of epochs, or of held-out facts.
+def facts_of(run, of, kind, device):
+    """The held-out facts of a run (of `read_run`), or of one kind of them, with what --of shows.
 
-    A fact has hit: whether a new wrong answer is that of a new fact that shares a word, None for
+    That is hit: whether a new wrong answer is that of a new fact that shares a word, None for
     other facts; and answer in the name: "yes" if its subject has a right answer in it, else "no"."""
-    if of == "plane":
-        for row in run["metrics"]:
-            if "unknown" in row:
-                row["learnt"] = 5 * round(20 * row["unknown"])      # in steps of 5 %
-        return run["metrics"]
     facts = []
     for fact in run["facts"]:
         if kind is None or fact.get("kind") == kind:
-            fact |= {"hit": None, "number": run.get("number"), "width": run.get("width")}
+            fact |= {"hit": None, "number": run.get("number")}
             if fact["origin"]:
                 fact["hit"] = fact["origin"] == eval_hallucination.ORIGINS[0]
             name = f" {normalize(fact.get('subject') or '')} "
@@ -64,7 +58,7 @@ def curves(runs, of, kind=None, device="auto"):
     groups, found = [], []
     key, value, *_ = AXES[of]
     for run in runs:
-        found.append(mean_by(rows_of(run, of, kind, device), key, value))
+        found.append(mean_by(facts_of(run, of, kind, device), key, value))
         # Of another x runs know nothing, and no name has a part "-None".
         groups.append(re.sub(f"-{run.get(key)}(?=-|$)", "", run["group"]))
     return join(groups, found)
@@ -138,15 +132,13 @@ def main(argv=None):
     parser.error = fail
     add = parser.add_argument
     add("runs", nargs="+", help="run folders of the sft_*.py scripts; GROUP-SEED share a line")
-    add("--of", choices=AXES, required=True, help="forgetting by number of new facts, width of "
-        "the model, kind of fact or overlap of names; how far representations drift; …")
+    add("--of", choices=AXES, required=True, help="forgetting by number of new facts, kind "
+        "of fact or overlap of names; how far representations drift; …")
     add("--kind", nargs="+", default=[None], help="held-out facts of these kinds: name, code")
     add("--plot", metavar="FILE.png", help="draw it, too")
     add("--json", action="store_true", help="print JSON instead of tables")
     add("--device", default="auto", help="of drift: cuda, mps or cpu (default: the first there is)")
     args = parser.parse_args(argv)
-    if args.of == "plane" and args.kind != [None]:
-        fail("--kind: by epoch, kinds were not measured apart")
     try:
         runs = [eval_hallucination.read_run(folder) for folder in args.runs]
         eval_hallucination.compare(runs)            # it refuses groups whose settings differ
@@ -159,10 +151,7 @@ def main(argv=None):
             note(f"--of {args.of}: nothing to show; it takes held-out facts, with kinds, and "
                  "new ones, with subjects to share words with; epochs: --save-every-epoch")
         if args.plot:
-            figure = eval_hallucination.draw(panels)
-            if args.of == "plane":
-                figure.axes[0].set_ylim(0, 107)
-            eval_hallucination.save_figure(figure, args.plot)
+            eval_hallucination.save_figure(eval_hallucination.draw(panels), args.plot)
         if args.json:
             print(json.dumps({title: lines for (_, title), lines in panels.items()}, indent=1))
             return

@@ -212,7 +212,7 @@ def test_commands_of_pages(pages, sign, workplace, world):
     smaller = {"make_facts.py": [*SMALL_WORLD, "--n-new", "10", "--seed", "0", "--shots", "0"], "sft_": ["--epochs", "1"], "assets/frontier.py": ["--epochs", "1"],
                "tests/bench.py": ["--model", "gpt2-medium", "--label", "8", "--steps", "1", "--repeats", "1", "--cases", "baseline"]}
     (workplace / "assets").mkdir()
-    for name in ("gpt2-medium", "HuggingFaceTB/SmolLM2-135M-Instruct"):
+    for name in ("gpt2-medium", "HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen2.5-1.5B"):
         shutil.copytree(world / "base", workplace / name)
     rows = rows_of(world / "labelled.jsonl")
     table = "relation\tsubject\tobject\tquestion\n" + "".join(
