@@ -685,8 +685,9 @@ def compare(runs):
     accuracy: {what: 0..1}; interval: Wilson's of held-out accuracy after; forgetting: {of what:
     points}, over all held-out facts; as the paper has it, in % of the highest accuracy measured
     in stage 2; by group of facts; and at the first measured epoch with so many of the new facts
-    learnt (methods that learn at different speed compare fairly at equal learning); origins: {of new wrong answers: %}, by chance too; mcnemar: the paired test
-    against the first of the runs with the same held-out facts.
+    learnt (methods that learn at different speed compare fairly at equal learning); origins: {of
+    new wrong answers: %}, by chance too; mcnemar: the paired test against the first of the runs
+    with the same held-out facts.
     """
     table = []
     first = {}          # hash of held-out rows: the first of the runs that was scored on them

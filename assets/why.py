@@ -33,7 +33,7 @@ def facts_of(run, of, kind, device):
     """The held-out facts of a run (of `read_run`), or of one kind of them, with what --of shows.
 
     That is hit: whether a new wrong answer is that of a new fact that shares a word, None for
-    other facts; and answer in the name: "yes" if its subject has a right answer in it, else "no"."""
+    other facts; and answer in the name: "yes" if a right answer stands in its subject, or "no"."""
     facts = []
     for fact in run["facts"]:
         if kind is None or fact.get("kind") == kind:
@@ -84,7 +84,7 @@ def subject_states(path, beginnings, device, expected=None):
 
 
 def drift(run, facts, of, device):
-    """How far the subjects of held-out facts have moved inside the model: rows with drift, 1 − cosine.
+    """How far the model's states of held-out subjects have moved: rows with drift, 1 − cosine.
 
     Compared are the hidden states at the subject's last token in the question, of the model that
     the run started from and of its own. of: "drift", rows of each fact and layer; else of each
