@@ -115,7 +115,7 @@ def test_hub_name_from_the_cache(workplace, world, monkeypatch):
 
 
 @pytest.mark.parametrize("script, shown", [
-    *((method, ["default: 4e-4 for tiny, else 1e-4; paper: 5e-5", "default: 60 for tiny, else 8", "runs/", "(default: auto)", "(default: 1.0)", "--batch-size"]) for method in METHODS),
+    *((method, ["default: 4e-4 for tiny, else 1e-4; paper: 5e-5", "default: 60 for tiny, else 12", "runs/", "(default: auto)", "(default: 1.0)", "--batch-size"]) for method in METHODS),
     ("sft_selfdistill", ["default: 12 for tiny, else 4"]), ("make_facts", ["400 for tiny", "(default: 10)", "facts/MODEL"]), ("eval_hallucination", ["default: 64"])])
 def test_help_shows_every_default(script, shown, capsys):
     module = importlib.import_module(script)

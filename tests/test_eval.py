@@ -275,7 +275,8 @@ def test_means_over_seeds(tmp_path, capsys):
     make_run(tmp_path / "b-0", [True] * 8, epochs=3)
     said = call(tmp_path, "eval_hallucination", "a-0", "a-1", "b-0").stdout
     assert re.search(r"^a +1.000 ± 0.000 .* 0.625 ± 0.177$", said, re.M)       # .75 and .5: sd √.03125
-    assert re.search(r"^a +37.5 ± 17.7 ", said, re.M) and re.search(r"^b +0.0 ", said, re.M)
+    assert re.search(r"^forgetting, points +a +b$", said, re.M) and re.search(r"^all +37.5 ± 17.7 +0.0$", said, re.M)
+    assert re.search(r"^all, % of the peak +37.5 ± 17.7 +0.0$", said, re.M)
     assert re.search(r"^a-0: forgets 25.0 points of 8 held-out facts \(95 % interval of accuracy after: 0.409–0.929\)$", said, re.M)
     assert re.search(r"^  right in a-0 alone 2, here alone 0 \(McNemar p = 0.5\)$", said, re.M)
     make_run(tmp_path / "a-2", [True] * 8, seed=2, epochs=3)
