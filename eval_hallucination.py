@@ -899,17 +899,14 @@ def draw(panels):
     return figure
 
 
-def draw_epochs(runs, path):
-    """Draw accuracy on new facts and on held-out ones of runs (of `read_run`), by epoch."""
+def by_epoch(runs):
+    """Accuracy, in %, on new facts and on held-out ones of runs (of `read_run`): panels of `draw`."""
     panels = {}
     groups = [run["group"] for run in runs]
     for key, title in (("unknown", "new facts learnt, %"), ("heldout", "known facts, held out, %")):
         found = [mean_by(run["metrics"], "epoch", key) for run in runs]
         panels["epoch of stage 2", title] = join(groups, found)
-    figure = draw(panels)
-    for axis in figure.axes:
-        axis.set_ylim(0, 107)
-    save_figure(figure, path)
+    return panels
 
 
 # ---------------------------------------------------------------------------------- the program
@@ -1004,7 +1001,7 @@ def parse(argv=None):
         fail("name run folders to compare, or --model and --facts to score a model (see --help)")
     if args.model and (args.plot or args.ask or args.show or args.flips):
         fail("--plot, --ask, --flips and --show take run folders, not --model")
-    if bool(args.plot) + bool(args.ask) + args.flips > 1:
+    if (args.plot and args.ask) or (args.flips and (args.plot or args.ask)):
         fail("--plot, --ask and --flips: only one of them at a time")
     if args.heldout and not args.flips:
         fail("--heldout: goes with --flips")
@@ -1031,7 +1028,10 @@ def main(argv=None):
             return what_changed(runs, args)
         table = compare(runs)
         if args.plot:
-            draw_epochs(runs, args.plot)
+            figure = draw(by_epoch(runs))
+            for axis in figure.axes:
+                axis.set_ylim(0, 107)
+            save_figure(figure, args.plot)
         if args.json:
             print(json.dumps(table, indent=1))
         else:
@@ -1040,8 +1040,13 @@ def main(argv=None):
         fail(f"{error}")
 
 
-if __name__ == "__main__":
+def print_well():
+    """Let a program print what is not ASCII, and | head end it without a word."""
     sys.stdout.reconfigure(encoding="utf-8")    # for → where output goes to a file on Windows
     if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # | head ends it without a word
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    print_well()
     main()

@@ -5,6 +5,7 @@
 set -euo pipefail
 export OMP_NUM_THREADS=1
 at_once=${JOBS:-2}
+started=" "
 
 wait_for_room() {
     while (( $(jobs -rp | wc -l) >= at_once )); do wait -n || true; done
@@ -15,19 +16,21 @@ train() {
 }
 
 python() {
-    local out="" previous="" word
+    local out="" model="" previous="" word
     for word in "$@"; do
         if [[ $previous = --out ]]; then out=$word; fi
+        if [[ $previous = --model ]]; then model=$word; fi
         previous=$word
     done
     case $1 in
     sft_*.py | assets/frontier.py)
         if [[ ${2:-} = table || -z $out ]]; then wait; command python "$@"; return; fi
         if [[ -e $out/run.json ]]; then return; fi
-        # It may start from what an earlier run has left.
-        if [[ " $* " = *" --model runs/"* || " $* " = *" --model frontier/"* ]]; then wait; fi
+        # It may start from what a run leaves that is still going on.
+        if [[ $started = *" ${model%/before} "* ]]; then wait; fi
         wait_for_room
         mkdir -p "$(dirname "$out")"
+        started+="$out "
         train "$@" &
         ;;
     make_facts.py)

@@ -1,9 +1,11 @@
-"""How much of what a run forgot is one shared shift? Score it without the top directions of what stage 2 changed.
+"""How much of what a run forgot is one shared shift? Score it without the top of what changed.
 
     python assets/shift.py runs/baseline-0 facts/tiny-0 --directions 0 1 2 4 8
-The change of each matrix of weights, Δ = θ_after − θ_before, is a sum of singular directions. arXiv:2610.08718 restores most
-forgotten facts by taking out the first; compare with `eval_hallucination.py --interpolate`, which makes Δ smaller all round. Printed are the accuracies,
-in %, on new facts and on held-out ones by kind, with the first N directions taken out of every matrix, and vectors as they are after.
+The change of each matrix of weights, Δ = θ_after − θ_before, is a sum of singular directions.
+arXiv:2610.08718 restores most forgotten facts by taking out the first. Compare with
+`eval_hallucination.py --interpolate`, which makes Δ smaller all round. Printed are the accuracies,
+in %, on new facts and on held-out ones by kind, with the first N directions taken out of every
+matrix, and vectors as they are after.
 """
 import argparse
 import copy

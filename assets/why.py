@@ -29,36 +29,36 @@ AXES = {
     "drift-epochs": ("epoch", "drift", "epoch of stage 2", "drift at half depth, %")}
 
 
-def facts_of(run, of, kind, device):
-    """The held-out facts of a run (of `read_run`), or of one kind of them, with what --of shows.
+def measure(run, of, device="auto"):
+    """Rows of the held-out facts of a run (of `read_run`), with what --of shows.
 
-    That is hit: whether a new wrong answer is that of a new fact that shares a word, None for
-    other facts; and answer in the name: "yes" if a right answer stands in its subject, or "no"."""
-    facts = []
+    That is drift (see there); hit: whether a new wrong answer is that of a new fact that shares a
+    word, None for other facts; and answer in the name: "yes" if a right answer stands in its
+    subject, or "no"."""
     for fact in run["facts"]:
-        if kind is None or fact.get("kind") == kind:
-            fact |= {"hit": None, "number": run.get("number")}
-            if fact["origin"]:
-                fact["hit"] = fact["origin"] == eval_hallucination.ORIGINS[0]
-            name = f" {normalize(fact.get('subject') or '')} "
-            inside = [f" {normalize(answer)} " in name for answer in accepted_answers(fact)]
-            fact["answer in the name"] = "yes" if any(inside) else "no"
-            facts.append(fact)
+        fact |= {"hit": None, "number": run.get("number")}
+        if fact["origin"]:
+            fact["hit"] = fact["origin"] == eval_hallucination.ORIGINS[0]
+        name = f" {normalize(fact.get('subject') or '')} "
+        inside = [f" {normalize(answer)} " in name for answer in accepted_answers(fact)]
+        fact["answer in the name"] = "yes" if any(inside) else "no"
     if AXES[of][1] == "drift":
-        return drift(run, facts, of, device)
-    return facts
+        return drift(run, of, device)
+    return run["facts"]
 
 
-def curves(runs, of, kind=None, device="auto"):
+def curves(runs, measured, of, kind=None):
     """What --of shows of runs (of `read_run`): {group: {x: [values of its runs]}}.
 
-    Where x is a property of the run, as its number of new facts, it is taken out of the name of
-    the group, so that runs which differ in it form one line.
+    measured: rows of each run, of `measure`; kind: of the facts to look at, None for all. Where x
+    is a property of the run, as its number of new facts, it is taken out of the name of the group,
+    so that runs which differ in it form one line.
     """
     groups, found = [], []
     key, value, *_ = AXES[of]
-    for run in runs:
-        found.append(mean_by(facts_of(run, of, kind, device), key, value))
+    for run, rows in zip(runs, measured):
+        chosen = [row for row in rows if kind is None or row.get("kind") == kind]
+        found.append(mean_by(chosen, key, value))
         # Of another x runs know nothing, and no name has a part "-None".
         groups.append(re.sub(f"-{run.get(key)}(?=-|$)", "", run["group"]))
     return join(groups, found)
@@ -83,7 +83,7 @@ def subject_states(path, beginnings, device, expected=None):
     return [torch.stack(vectors) for vectors in layers.values()]
 
 
-def drift(run, facts, of, device):
+def drift(run, of, device):
     """How far the model's states of held-out subjects have moved: rows with drift, 1 − cosine.
 
     Compared are the hidden states at the subject's last token in the question, of the model that
@@ -94,7 +94,7 @@ def drift(run, facts, of, device):
     import torch
     named = []
     beginnings = []
-    for fact in facts:
+    for fact in run["facts"]:
         question = fact["prompt"].removesuffix("\nA:")
         subject = fact.get("subject")
         if subject and subject in question:
@@ -142,11 +142,12 @@ def main(argv=None):
     try:
         runs = [eval_hallucination.read_run(folder) for folder in args.runs]
         eval_hallucination.compare(runs)            # it refuses groups whose settings differ
+        measured = [measure(run, args.of, args.device) for run in runs]
         panels = {}
         _, _, x_title, y_title = AXES[args.of]
         for kind in args.kind:
             title = f"{y_title} ({kind}s)" if kind else y_title
-            panels[x_title, title] = curves(runs, args.of, kind, args.device)
+            panels[x_title, title] = curves(runs, measured, args.of, kind)
         if not any(any(lines.values()) for lines in panels.values()):
             note(f"--of {args.of}: nothing to show; it takes held-out facts, with kinds, and "
                  "new ones, with subjects to share words with; epochs: --save-every-epoch")
@@ -162,4 +163,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    eval_hallucination.print_well()
     main()

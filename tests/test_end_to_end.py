@@ -182,6 +182,7 @@ for seed in 0 1; do
     python make_facts.py --n-names 40 --n-codes 12 --width 64 --reuse facts/tiny --n-new 8 --out facts/few
     python sft_baseline.py --facts facts/few --epochs 1 --seed $seed --out runs/b-$seed
 done
+python sft_baseline.py --facts facts/few --epochs 1 --model runs/b-1 --format-epochs 0 --batch-size 64 --learning-rate 4e-4 --out elsewhere/from-b
 ```
 What follows is no command.
 ```
@@ -195,8 +196,9 @@ python eval_hallucination.py runs/b-[0-1]
     tables = []
     for _ in range(2):
         done = subprocess.run(["bash", ROOT / "assets/results.sh", "page.md"], cwd=workplace, capture_output=True, text=True,
-                              env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+                              env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "JOBS": "3"})
         assert done.returncode == 0 and "runs/b-1: forgets" in done.stdout and "unbound" not in done.stderr, done.stderr
+        assert (workplace / "elsewhere/from-b/run.json").exists(), done.stderr      # it waits for the run that it starts from
         tables.append((done.stdout, (workplace / "runs/b-1/run.json").stat().st_mtime_ns))
     assert tables[0] == tables[1] and "number" in (workplace / "runs/b-1/run.json").read_text()
 

@@ -14,7 +14,7 @@ import torch
 import transformers
 import why
 from conftest import ROOT, call, refused, rows_of
-from eval_hallucination import (ORIGINS, accepted_answers, compare, context_length, evaluate, exact_match, generate_answers,
+from eval_hallucination import (ORIGINS, accepted_answers, by_epoch, compare, context_length, evaluate, exact_match, generate_answers,
                                 load_model, make_batches, mcnemar, normalize, read_jsonl, read_run, special_tokens, stop_ids, tokenize,
                                 weights_hash, wilson, write_answers, write_jsonl)
 
@@ -422,7 +422,7 @@ def test_drift_by_hand(tmp_path, base, world):
     """0 for a model against itself; else 1 − cosine at the subject's last token of the whole prompt."""
     conditions(tmp_path, base, world)
     runs = [read_run(tmp_path / "same-0"), read_run(tmp_path / "moved-0")]
-    lines = {of: why.curves(runs, of) for of in ("drift", "drift-groups", "drift-epochs")}
+    lines = {of: why.curves(runs, [why.measure(run, of) for run in runs], of) for of in ("drift", "drift-groups", "drift-epochs")}
     lines = {of: list(line.values()) for of, line in lines.items()}
     assert max(abs(value) for value, in lines["drift"][0].values()) < 1e-4
     model, tokenizer = load_model(tmp_path / "moved-0")
@@ -479,6 +479,9 @@ def test_of(tmp_path, base, world):
     lost = 100 * max(Counter(row["subject"] for row in rows if row["kind"] == "code").values()) / sum(row["kind"] == "code" for row in rows)
     assert said["kind"][1].split()[-2:] == ["code", "name"] and said["kind"][3].split() == ["moved", f"{lost:.1f}", "±", "0.0", "0.0", "±", "0.0"]
     assert said["number"][1].split()[-1] == "24"
+    learnt, kept = by_epoch([read_run(tmp_path / folder) for folder in folders]).values()
+    assert learnt[str(tmp_path / "same")] == {0: [0.0] * 2, 1: [50.0] * 2, 2: [100.0] * 2}
+    assert kept[str(tmp_path / "same")] == {0: [100.0] * 2, 1: [100.0] * 2, 2: [100.0] * 2}
     assert said["drift"][1].split()[-4:] == list("0123") and said["drift"][2].split()[-1] == "0.0"
     assert said["drift-epochs"][1].split()[-2:] == ["0", "10"] and "code" in said["overlap"][1]
     everything = 100 * max(Counter(row["subject"] for row in rows if row["kind"] == "code").values()) / len(rows)
@@ -521,7 +524,8 @@ def test_number_of_new_facts(workplace, tmp_path):
     call(workplace, "sft_baseline", "--epochs", 1, "--no-unknown", "--out", "bare")
     call(workplace, "sft_baseline", "--epochs", 1, "--out", "x-240-24-0")
     assert [rows_of(workplace / name / "run.json")[0]["number"] for name in ("bare", "x-240-24-0")] == [0, 24]
-    assert list(why.curves([read_run(workplace / "x-240-24-0")], "number")) == [str(workplace / "x-240")]
+    run = read_run(workplace / "x-240-24-0")
+    assert list(why.curves([run], [why.measure(run, "number")], "number")) == [str(workplace / "x-240")]
 
 
 def test_plot(tmp_path):
