@@ -148,10 +148,15 @@ def labelling(args):
     facts = [fact for fact in facts if fact["relation"] == relation][:4 + args.label]
     shown = [make_facts.to_row(fact) for fact in facts[:4]]
     prefix, facts = "".join(row["prompt"] + row["completion"] for row in shown), facts[4:]
-    inline = [fact | {"question": f"{prefix.removeprefix('Q: ')}Q: {fact['question']}"} for fact in facts]
     few = facts[:4]
+
+    def score_whole():
+        model.keeps_prefix = False              # as if no cache could be gone on from
+        found = make_facts.score_answers(model, tokenizer, prefix, facts)
+        model.keeps_prefix = True
+        return found
     cases = {"closed form, prefix run once": lambda: make_facts.score_answers(model, tokenizer, prefix, facts),
-             "closed form, prefix run for every fact": lambda: make_facts.score_answers(model, tokenizer, "", inline),
+             "closed form, prefix run for every fact": score_whole,
              "greedy and 16 samples by `generate`": lambda: sample_answers(model, tokenizer, prefix, few, 64, 16)}
     seconds = {case: [] for case in cases}
     for _ in range(args.repeats):
