@@ -323,7 +323,9 @@ def read_entity_questions(path):
 
 
 def find_tables(source):
-    """Paths of the tables of a file, a folder or a hub data set; EntityQuestions: of train/."""
+    """Paths of the tables of a file, a folder or a hub data set.
+
+    Of EntityQuestions those in train/: its one-off/ has some of the same questions once more."""
     path = Path(source)
     if path.suffix in TABLES and not path.exists():
         raise FileNotFoundError("no such file")
@@ -333,7 +335,7 @@ def find_tables(source):
         path = Path(snapshot_download(source, repo_type="dataset", allow_patterns=patterns))
     if path.is_file():
         return [path]
-    tables = sorted(path.rglob("*.train.json"))
+    tables = sorted(path.rglob("train/*.train.json")) or sorted(path.glob("*.train.json"))
     return tables or sorted(file for file in path.rglob("*") if file.suffix in TABLES)
 
 

@@ -4,9 +4,9 @@
     python tests/bench.py --model DIR --facts facts/DIR        your model and fact folder; with TRL's trainer, where installed
     python tests/bench.py --model DIR --facts facts/DIR --labelling facts.tsv
 
-Each run is a process of its own, for its peak memory: optimizer steps to warm up, then --steps. A case's
-time is that of its fastest run: a shared machine adds to it and never takes away. The result, in Markdown, is that of
-assets/cost.md."""
+Each training run is a process of its own, for its peak memory: optimizer steps to warm up, then --steps. A case's
+time is that of its fastest run: a shared machine adds to it and never takes away. Labelling is timed in one process, behind one of the
+ten prompts, by the median. The result, in Markdown, is that of assets/cost.md."""
 import argparse
 import importlib.util
 import json
@@ -84,11 +84,12 @@ def time_scripts(case, args):
     clocked = lambda batch, counts: stamps.append(time.perf_counter()) or loss(batch, counts)
     run = lambda examples: list(module.run_stage(2, model, examples, clocked, config, {"epoch": 0}))
     run(examples)                                                           # from loss to loss is a step
+    seconds = time_of(stamps, args)
     flops = FlopCounterMode(display=False)
     if case == "baseline":
         with flops:
             run(examples[:config.batch_size])
-    return {"seconds": time_of(stamps, args), "cache": cache / (args.steps + 2), "flops": flops.get_total_flops()}
+    return {"seconds": seconds, "cache": cache / (args.steps + 2), "flops": flops.get_total_flops()}
 
 
 def time_of(stamps, args):

@@ -490,6 +490,8 @@ def entity_questions(tmp_path):
             rows[1]["question"] = forms[relation].format("Ulm in Germany's north")
         (folder / f"train/{relation}.train.json").write_text(json.dumps(rows))
         (folder / f"dev/{relation}.dev.json").write_text(json.dumps([{"question": "Who?", "answers": ["nobody"]}]))
+        (folder / f"one-off/no-overlap/{relation}").mkdir(parents=True)
+        (folder / f"one-off/no-overlap/{relation}/{relation}_no_overlap.train.json").write_text(json.dumps(rows[:3]))
     (folder / "relation_query_templates.json").write_text(json.dumps(forms))
     return folder
 
@@ -506,6 +508,8 @@ def test_entity_questions(entity_questions, capsys):
     assert {f["relation"] for f in facts} == {"P40", "P36"} and left_out == {"of other relations": 40}
     one, _ = make_facts.load_source(str(entity_questions / "train/P36.train.json"), 999, 0)
     assert len(one) == 20
+    flat, _ = make_facts.load_source(str(entity_questions / "train"), 999, 0)
+    assert Counter(f["relation"] for f in flat) == {"P17": 40, "P40": 6, "P36": 20}
     with pytest.raises(SystemExit):
         make_facts.load_source(str(entity_questions), 26, 0, ["P36", "P99"])
     assert "P99" in capsys.readouterr().err
