@@ -78,7 +78,7 @@ class Config:
     new: Literal["unknown", "semantic", "uuid"] = option(
         None, "new facts: real ones that it does not know (default), or invented ones, about "
         "recombined names (default for tiny) or codes")
-    n_new: int = option(None, "how many new facts; default: 400 for tiny, else 1000")
+    n_new: int = option(None, "how many new facts; default: 400 for tiny, else 500")
     n_known: int = option(None, "how many known facts to train on beside them; default: as many")
     overlap: int = option(2, "semantic: how many halves of a new name are of real names, 0 to 2")
     source: str = option("akariasai/PopQA", "table of real facts: file, folder or hub name")
@@ -110,7 +110,7 @@ def parse(argv=None):
         name += f"-{config.new}"
     # None stands for a default that depends on the model.
     defaults = {"out": f"facts/{name}", "new": "semantic" if tiny else "unknown",
-                "n_new": 400 if tiny else 1000, "shots": 0 if tiny else 4}
+                "n_new": 400 if tiny else 500, "shots": 0 if tiny else 4}
     for flag, value in defaults.items():
         if getattr(config, flag) is None:
             setattr(config, flag, value)
