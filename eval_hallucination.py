@@ -900,7 +900,7 @@ def draw(panels):
 
 
 def by_epoch(runs):
-    """Accuracy, in %, on new facts and on held-out ones of runs (of `read_run`): panels of `draw`."""
+    """Accuracy, in %, on new and on held-out facts of runs (of `read_run`): panels of `draw`."""
     panels = {}
     groups = [run["group"] for run in runs]
     for key, title in (("unknown", "new facts learnt, %"), ("heldout", "known facts, held out, %")):

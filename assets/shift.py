@@ -32,7 +32,9 @@ def measure(run, facts, directions, device):
     model, tokenizer = load_model(run, device)
     before = load_model(f"{run}/before", device)[0].state_dict()
     after = copy.deepcopy(model.state_dict())
-    rows = {key: read_jsonl(Path(facts) / file, ["prompt", "completion"]) for key, file in SETS.items()}
+    rows = {}
+    for key, file in SETS.items():
+        rows[key] = read_jsonl(Path(facts) / file, ["prompt", "completion"])
     found = {}
     for n in directions:
         with torch.no_grad():
@@ -41,7 +43,9 @@ def measure(run, facts, directions, device):
                     weight.copy_(take_out(before[name], after[name], n))
         found[n] = {"new": 100 * evaluate(model, tokenizer, rows["unknown"])["accuracy"]}
         right = evaluate(model, tokenizer, rows["heldout"])["right"]
-        heldout = [row | {"right": value, "all": "held out"} for row, value in zip(rows["heldout"], right)]
+        heldout = []
+        for row, value in zip(rows["heldout"], right):
+            heldout.append(row | {"right": value, "all": "held out"})
         for key in ("all", "kind"):
             found[n] |= mean_by(heldout, key, "right")
     return found
