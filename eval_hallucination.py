@@ -714,15 +714,16 @@ def compare(runs):
         accuracy["held out after"] = np.mean(after)
         row["interval"] = wilson(sum(after), len(after))
         forgetting["all"] = 100 * np.mean([fact["lost"] for fact in facts])
-        peak = max(m["heldout"] for m in metrics if "heldout" in m)
+        measured = [m for m in metrics if "heldout" in m]
+        peak = max(m["heldout"] for m in measured)
         if peak > 0:
             forgetting["all, % of the peak"] = 100 * (1 - accuracy["held out after"] / peak)
         for key in ("relation", "kind", "words shared"):
             for group, points in mean_by(facts, key, "lost").items():
                 forgetting[f"{key} {group}"] = points
         for share in LEARNT:
-            reached = [m for m in metrics if "heldout" in m and m.get("unknown", 0) >= share]
-            if reached:
+            reached = [m for m in measured if m.get("unknown", 0) >= share]
+            if reached and len(measured) > 2:       # else when it was reached is not known
                 lost = metrics[0]["heldout"] - reached[0]["heldout"]
                 forgetting[f"at {share:.0%} learnt"] = 100 * lost
         wrong = [fact for fact in facts if fact["origin"]]

@@ -259,12 +259,14 @@ def test_compare(tmp_path):
     first = make_run(tmp_path / "a", [True, False] * 4)
     second = make_run(tmp_path / "b", [True] * 7 + [False])
     third = make_run(tmp_path / "c", [True] * 8, heldout="other")
+    del third["metrics"][1]                                             # as with --eval-every 0
     a, b, c = compare([first, second, third])
     assert a["accuracy"] == {"Unknown learnt": 1.0, "Known trained": 1.0, "held out before": 1.0, "held out after": 0.5}
     assert a["forgetting"] == {"all": 50.0, "all, % of the peak": 50.0, "relation a": 0.0, "relation b": 100.0, "kind name": 50.0, "at 25% learnt": 0.0, "at 50% learnt": 0.0, "at 95% learnt": 50.0}
     assert b["forgetting"]["all"] == 12.5 and a["interval"] == wilson(4, 8) and (a["n"], a["group"]) == (8, str(tmp_path / "a"))
     assert b["mcnemar"] == [str(tmp_path / "a"), 0, 3, 0.25]
     assert "mcnemar" not in a and "mcnemar" not in c                    # other held-out rows: not paired
+    assert len(third["metrics"]) == 2 and list(c["forgetting"]) == ["all", "all, % of the peak", "relation a", "relation b", "kind name"]
     json.dumps([a, b, c], allow_nan=False)
 
 
