@@ -221,7 +221,7 @@ def test_commands_of_pages(pages, sign, workplace, world):
         f'{r["relation"]}\t{r["subject"]}\t{r["answers"][0]}\t{r["prompt"][3:-3]}\n' for r in rows)
     table += "".join(f'{r["relation"]}\t{r["subject"]}son\t{r["answers"][0]}\tWhat is the {r["relation"]} of {r["subject"]}son?\n'
                      for r in rows[:40])                        # nobody in the world is called that: Unknown
-    (workplace / "trex.tsv").write_text(table, encoding="utf-8")
+    (workplace / "my-facts.tsv").write_text(table, encoding="utf-8")
     popqa = workplace / "akariasai" / "PopQA"
     popqa.mkdir(parents=True)
     (popqa / "test.tsv").write_text(table, encoding="utf-8")
