@@ -923,14 +923,20 @@ def interpolate(model, before, after, share):
                 weight.copy_(torch.lerp(before[name], after[name], share))
 
 
+def read_sets(folder):
+    """Rows of the three sets of a fact folder: {"unknown", "known", "heldout": list of dicts}."""
+    sets = {}
+    for key, file in SETS.items():
+        sets[key] = read_jsonl(Path(folder) / file, ["prompt", "completion"])
+    return sets
+
+
 def score(args):
     """Print the accuracies, in fp32, of --model on the three sets of --facts, a set a line.
 
     With --interpolate, of each mixture of the model before stage 2 with it; a single one is saved
     as --out, an ordinary checkpoint. That costs memory for three models."""
-    sets = {}
-    for key, file in SETS.items():
-        sets[key] = read_jsonl(Path(args.facts) / file, ["prompt", "completion"])
+    sets = read_sets(args.facts)
     model, tokenizer = load_model(args.model, args.device)
     if args.interpolate:
         before = load_model(f"{args.model}/before", args.device)[0].state_dict()

@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval_hallucination
-from eval_hallucination import SETS, evaluate, load_model, mean_by, read_jsonl
+from eval_hallucination import evaluate, load_model, mean_by, read_sets
 
 
 def take_out(before, after, directions):
@@ -32,9 +32,7 @@ def measure(run, facts, directions, device):
     model, tokenizer = load_model(run, device)
     before = load_model(f"{run}/before", device)[0].state_dict()
     after = copy.deepcopy(model.state_dict())
-    rows = {}
-    for key, file in SETS.items():
-        rows[key] = read_jsonl(Path(facts) / file, ["prompt", "completion"])
+    rows = read_sets(facts)
     found = {}
     for n in directions:
         with torch.no_grad():

@@ -31,6 +31,12 @@ def config(*words):
     return make_facts.parse(["--out", "no-such-folder", *map(str, words)])
 
 
+def test_numbers_of_facts_by_default():
+    """As many as the settings for the model were chosen with, and as many known ones."""
+    for model, n in (("tiny", 400), ("gpt2-medium", 500)):
+        assert (config("--model", model).n_new, config("--model", model).n_known) == (n, n)
+
+
 def facts_of(rows):
     """Facts as the labelling takes them: with a question."""
     return [row | {"question": row["prompt"][3:-3]} for row in rows]
