@@ -5,6 +5,7 @@ Runs that are named GROUP-SEED are one line: mean ± standard deviation. --kind 
 held-out facts of one kind alone, with a table and a panel for each kind.
 """
 import argparse
+import functools
 import json
 import re
 import sys
@@ -64,8 +65,9 @@ def curves(runs, measured, of, kind=None):
     return join(groups, found)
 
 
+@functools.lru_cache(maxsize=2)         # runs mostly start from the same model as the run before
 def subject_states(path, beginnings, device, expected=None):
-    """Hidden states at the last token of each text of a list: a list, per layer (texts, width).
+    """Hidden states at the last token of each text of a tuple: a list, per layer (texts, width).
 
     Layer 0 is the embeddings, the last comes after the final norm; fp32, on the CPU. path: a
     model's; expected: its `weights_hash`, refused if it has another."""
@@ -102,6 +104,7 @@ def drift(run, of, device):
             beginnings.append(question[:question.rindex(subject) + len(subject)])
     if not named:
         return []
+    beginnings = tuple(beginnings)
     folder = Path(run["name"])
     start = folder.resolve() / run["start"]
     if not start.exists():                          # a name on the hub

@@ -424,7 +424,17 @@ def test_drift_by_hand(tmp_path, base, world):
     """0 for a model against itself; else 1 − cosine at the subject's last token of the whole prompt."""
     conditions(tmp_path, base, world)
     runs = [read_run(tmp_path / "same-0"), read_run(tmp_path / "moved-0")]
-    lines = {of: why.curves(runs, [why.measure(run, of) for run in runs], of) for of in ("drift", "drift-groups", "drift-epochs")}
+    asked = []
+
+    def load(path, device):
+        asked.append(path.name)
+        return load_model(path, device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval_hallucination, "load_model", load)
+        measured = [why.measure(run, "drift") for run in runs]
+    assert asked == ["base", "same-0", "moved-0"]               # the start that both share is asked once
+    lines = {of: why.curves(runs, [why.measure(run, of) for run in runs], of) for of in ("drift-groups", "drift-epochs")}
+    lines["drift"] = why.curves(runs, measured, "drift")
     lines = {of: list(line.values()) for of, line in lines.items()}
     assert max(abs(value) for value, in lines["drift"][0].values()) < 1e-4
     model, tokenizer = load_model(tmp_path / "moved-0")
@@ -448,7 +458,7 @@ def test_drift_of_odd_hidden_states(tmp_path, base):
     tokenizer = base[1]
     opt = small("opt", vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=2,
                 num_attention_heads=2, do_layer_norm_before=False, max_position_embeddings=64)
-    texts = ["Genis", "Ulm of Ulm"]
+    texts = ("Genis", "Ulm of Ulm")
     states = why.subject_states(saved(opt, tokenizer, tmp_path / "opt"), texts, torch.device("cpu"))
     assert len(states) == 3 and all(layer.shape[0] == 2 for layer in states)
     stacked = copy.deepcopy(base[0])
