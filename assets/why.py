@@ -65,9 +65,8 @@ def curves(runs, measured, of, kind=None):
     return join(groups, found)
 
 
-@functools.lru_cache(maxsize=2)         # runs mostly start from the same model as the run before
 def subject_states(path, beginnings, device, expected=None):
-    """Hidden states at the last token of each text of a tuple: a list, per layer (texts, width).
+    """Hidden states at the last token of each text of a list: a list, per layer (texts, width).
 
     Layer 0 is the embeddings, the last comes after the final norm; fp32, on the CPU. path: a
     model's; expected: its `weights_hash`, refused if it has another."""
@@ -76,13 +75,23 @@ def subject_states(path, beginnings, device, expected=None):
     if expected and eval_hallucination.weights_hash(model) != expected:
         fail(f"{path}: is no longer the model that the run started from")
     layers = defaultdict(list)
-    for text in beginnings:
-        ids = torch.tensor([eval_hallucination.tokenize(tokenizer, text)[0]], device=model.device)
+    for first in range(0, len(beginnings), 32):
+        ids = []
+        for text in beginnings[first:first + 32]:
+            ids.append(torch.tensor(eval_hallucination.tokenize(tokenizer, text)[0]))
+        last = torch.tensor([len(tokens) - 1 for tokens in ids])
+        # Padded on the right, which a causal model does not see: it needs no attention mask.
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(model.device)
         with torch.no_grad():
-            states = model(input_ids=ids, output_hidden_states=True).hidden_states
-        for layer, state in enumerate(states):      # (1, T, d); Gemma 3n: (streams, 1, T, d)
-            layers[layer].append(state[..., -1, :].flatten().float().cpu())
-    return [torch.stack(vectors) for vectors in layers.values()]
+            states = model(input_ids=padded, output_hidden_states=True).hidden_states
+        for layer, state in enumerate(states):      # (B, T, d); Gemma 3n: (streams, B, T, d)
+            vectors = state[..., torch.arange(len(ids)), last, :].movedim(-2, 0)
+            layers[layer].append(vectors.flatten(1).float().cpu())
+    return [torch.cat(vectors) for vectors in layers.values()]
+
+
+# Several runs mostly start from one model.
+start_states = functools.lru_cache(maxsize=4)(subject_states)
 
 
 def drift(run, of, device):
@@ -90,8 +99,9 @@ def drift(run, of, device):
 
     Compared are the hidden states at the subject's last token in the question, of the model that
     the run started from and of its own. of: "drift", rows of each fact and layer; else of each
-    fact at half depth; "drift-epochs": after each epoch that was kept by --save-every-epoch. What
-    follows the subject does not matter to a causal model, so the prompt is cut behind it.
+    fact at half depth; "drift-epochs": before stage 2 (0), after each epoch of it that was kept by
+    --save-every-epoch, and at the end. What follows the subject does not matter to a causal model,
+    so the prompt is cut behind it.
     """
     import torch
     named = []
@@ -104,19 +114,16 @@ def drift(run, of, device):
             beginnings.append(question[:question.rindex(subject) + len(subject)])
     if not named:
         return []
-    beginnings = tuple(beginnings)
     folder = Path(run["name"])
     start = folder.resolve() / run["start"]
     if not start.exists():                          # a name on the hub
         start = run["start"]
-    before = subject_states(start, beginnings, device, run["weights"])
-    paths = {"last": folder}                        # epoch: its model
+    before = start_states(start, tuple(beginnings), device, run["weights"])
+    paths = {run["config"]["epochs"]: folder}       # epoch: its model
     if of == "drift-epochs":
-        paths = {}
+        paths[0] = folder / "before"
         for path in folder.glob("epoch-[0-9]*"):
             paths[int(path.name.removeprefix("epoch-"))] = path
-        if paths:
-            paths[0] = folder / "before"
     rows = []
     for epoch, path in paths.items():
         after = subject_states(path, beginnings, device)
@@ -153,7 +160,7 @@ def main(argv=None):
             panels[x_title, title] = curves(runs, measured, args.of, kind)
         if not any(any(lines.values()) for lines in panels.values()):
             note(f"--of {args.of}: nothing to show; it takes held-out facts, with kinds, and "
-                 "new ones, with subjects to share words with; epochs: --save-every-epoch")
+                 "new ones, with subjects to share words with")
         if args.plot:
             eval_hallucination.save_figure(eval_hallucination.draw(panels), args.plot)
         if args.json:

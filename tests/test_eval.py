@@ -415,6 +415,7 @@ def conditions(folder, base, world):
         after = [name == "same" or fact["subject"] != code for fact in facts]
         make_run(folder / f"{name}-0", after, facts=facts, sets=sets)
         run = rows_of(folder / f"{name}-0/run.json")[0] | {"weights": weights_hash(base[0]), "start": str(world / "base")}
+        run["config"]["epochs"] = 10
         write_jsonl(folder / f"{name}-0/run.json", [run])
         for path, weights in (("", model), ("before", base[0]), ("epoch-10", model)):
             saved(weights, base[1], folder / f"{name}-0" / path)
@@ -458,7 +459,7 @@ def test_drift_of_odd_hidden_states(tmp_path, base):
     tokenizer = base[1]
     opt = small("opt", vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=2,
                 num_attention_heads=2, do_layer_norm_before=False, max_position_embeddings=64)
-    texts = ("Genis", "Ulm of Ulm")
+    texts = ["Genis", "Ulm of Ulm"]
     states = why.subject_states(saved(opt, tokenizer, tmp_path / "opt"), texts, torch.device("cpu"))
     assert len(states) == 3 and all(layer.shape[0] == 2 for layer in states)
     stacked = copy.deepcopy(base[0])
@@ -505,8 +506,9 @@ def test_of(tmp_path, base, world):
         for of in ("kind", "number", "drift"):
             call(tmp_path, "why", *folders, "--of", of, "--kind", "name", "code", "--plot", f"{of}.png")
             assert len((tmp_path / f"{of}.png").read_bytes()) > 5000
-    shutil.rmtree(tmp_path / "same-0/epoch-10")
-    assert "--save-every-epoch" in call(tmp_path, "why", "same-0", "--of", "drift-epochs").stderr
+    shutil.rmtree(tmp_path / "moved-0/epoch-10")                                      # without --save-every-epoch: before and after
+    before, after = call(tmp_path, "why", "moved-0", "--of", "drift-epochs").stdout.splitlines()[-1].split()[-2:]
+    assert before == "0.0" and float(after) > 0.1
     make_run(tmp_path / "bare", [True] * 8, facts=[{"prompt": "Who?", "completion": "x", "origin": "mine"}] * 8)
     assert "mine" not in call(tmp_path, "eval_hallucination", "bare").stdout      # a column of the user's own
     assert "--of overlap: nothing" in call(tmp_path, "why", "bare", "--of", "overlap").stderr
