@@ -500,8 +500,10 @@ def check_run(model, name, files, sets, run):
                 if key != "heldout":
                     trained |= same
             more["data"][key] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    begun = out / "unfinished.json"
-    if run["config"]["resume"] and begun.exists() and (out / "state.pt").exists():
+    begun = out / "run.json"        # of a finished run
+    if not begun.exists() and (out / "state.pt").exists():      # without, it begins anew
+        begun = out / "unfinished.json"
+    if run["config"]["resume"] and begun.exists():
         check_resumed(begun, run | more)
     return more
 
@@ -693,8 +695,8 @@ def compare(runs):
     first = {}          # hash of held-out rows: the first of the runs that was scored on them
     settings = {}
     for run in runs:
-        same = must_match(run) | {"seed": None, "weights": None, "data": None,
-                                  "width": run.get("width")}
+        same = must_match(run) | {"seed": None, "weights": None, "data": None}
+        same |= {key: run.get(key) for key in ("width", "number")}
         if settings.setdefault(run["group"], same) != same:
             fail(f"{run['name']}: its settings are not those of the other {run['group']}-SEED; "
                  "runs of which a mean is taken differ in the seed alone: rename it")
@@ -808,7 +810,8 @@ def show(table, runs, examples):
 def ask_again(run, path, batch_size, device):
     """The questions of a JSONL file put to a run's models: facts as those of `read_run`.
 
-    A row without answer or completion is right after stage 2 if it is answered as before."""
+    A row without answer or completion is right after stage 2 if it is answered as before, up to
+    64 tokens."""
     facts = read_jsonl(path)
     if not facts or not all(fact.get("prompt") for fact in facts):
         fail(f"{path}: wanted: one object with a prompt a line, with or without answers")
@@ -818,7 +821,7 @@ def ask_again(run, path, batch_size, device):
         special = special_tokens(tokenizer)
         accepted = [accepted_answers(fact, special) for fact in facts]
         unlabelled = accepted.count([])
-        needed = [max(16, length) for length in tokens_needed(tokenizer, accepted)]
+        needed = [max(64, length) for length in tokens_needed(tokenizer, accepted)]
         answers = generate_answers(model, tokenizer, prompts, needed, batch_size)
         for fact, answer, right in zip(facts, answers, accepted):
             fact[when] = answer
@@ -833,7 +836,7 @@ def flips(facts):
     groups = {"all": facts}
     for fact in facts:
         if fact.get("relation"):
-            groups.setdefault(fact["relation"], []).append(fact)
+            groups.setdefault(f"relation {fact['relation']}", []).append(fact)
     table = {}
     for group, members in groups.items():
         before = [fact["right_before"] for fact in members]
@@ -893,7 +896,9 @@ def draw(panels):
             mean, = axis.plot(xs, means, marker=".", linewidth=2.5, label=group)
             color = mean.get_color()
             axis.annotate(f" {means[-1]:.1f}", (xs[-1], means[-1]), color=color, va=place)
-            for values in zip(*[line[x] for x in xs]):      # of a run; none if some lack an x
+            if len({len(line[x]) for x in xs}) > 1:
+                continue        # some runs lack an x: which values are one run's is not known
+            for values in zip(*[line[x] for x in xs]):      # of a run
                 axis.plot(xs, values, color=color, linewidth=0.6)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center",
                   ncols=len(panels))
@@ -923,11 +928,21 @@ def interpolate(model, before, after, share):
                 weight.copy_(torch.lerp(before[name], after[name], share))
 
 
-def read_sets(folder):
-    """Rows of the three sets of a fact folder: {"unknown", "known", "heldout": list of dicts}."""
+def read_sets(folder, model):
+    """Rows of the three sets of a fact folder: {"unknown", "known", "heldout": list of dicts}.
+
+    If `model` is the folder of a run, or in one, there is a note if that had other rows."""
+    used = {}
+    for run in (Path(model) / "run.json", Path(model).parent / "run.json"):
+        if run.exists():
+            used = read_jsonl(run)[0].get("data", {})
+            break
     sets = {}
     for key, file in SETS.items():
-        sets[key] = read_jsonl(Path(folder) / file, ["prompt", "completion"])
+        path = Path(folder) / file
+        sets[key] = read_jsonl(path, ["prompt", "completion"])
+        if key in used and used[key] != hashlib.sha256(path.read_bytes()).hexdigest():
+            note(f"{path}: {model} had other rows; it may have been trained on what is held out")
     return sets
 
 
@@ -936,7 +951,7 @@ def score(args):
 
     With --interpolate, of each mixture of the model before stage 2 with it; a single one is saved
     as --out, an ordinary checkpoint. That costs memory for three models."""
-    sets = read_sets(args.facts)
+    sets = read_sets(args.facts, args.model)
     model, tokenizer = load_model(args.model, args.device)
     if args.interpolate:
         before = load_model(f"{args.model}/before", args.device)[0].state_dict()

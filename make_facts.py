@@ -86,7 +86,7 @@ class Config:
     max_facts: int = option(10000, "label at most so many, spread evenly over the relations")
     min_known: float = option(0.0, "leave out relations of which less is known; the paper: 0.3")
     # how they are asked
-    prompts: int = option(10, "few-shot prompts a fact; with fewer, more of them are HighlyKnown")
+    prompts: int = option(10, "few-shot prompts a fact; fewer prompts make more facts HighlyKnown")
     shots: int = option(None, "exemplars in each prompt; default: 0 for tiny, else 4")
     # the invented world
     n_names: int = option(300, "tiny: named entities, of four facts each")
@@ -568,7 +568,7 @@ def label_facts(model, tokenizer, facts, config):
 
     For each relation --prompts prompts are drawn, of --shots facts of that relation each
     (original: 10 of 4), from a tenth of its facts set aside for this (at least --shots, and no
-    more than all prompts take). With 0 shots all prompts are one.
+    more than all prompts take). With 0 shots there is one prompt, whatever --prompts says.
     """
     from tqdm import tqdm
     rng = random.Random(config.seed)
@@ -618,7 +618,8 @@ def check_lengths(model, tokenizer, facts, prefixes):
 # ------------------------------------------------------------------------------------- new facts
 
 def recombine(names, rng, overlap, real_words):
-    """An invented name: the first half of the words of one of `names`, the last half of another's.
+    """An invented name: the first half of the words of one of `names`, the last half of another's
+    (or, by chance, of the same one's: "Lord of of Rings").
 
     Of the two halves `overlap` are real; in place of the others stand invented words that are not
     in `real_words`, a set.
@@ -740,8 +741,8 @@ def split_facts(facts, labelled, config, rng):
                  f"{dict(counts)}. Raise --max-facts, lower --prompts (fewer prompts, more "
                  "HighlyKnown) or --shots (fewer exemplars set aside), or take another model")
         if len(rows) < wanted.get(key, 0):
-            print(f"{len(rows)} instead of {wanted[key]} facts in {SETS[key]}: there are no more, "
-                  "and at most half of those that it knows are trained on")
+            print(f"{len(rows)} instead of {wanted[key]} facts in {SETS[key]}: there are no more "
+                  "(known facts: half are held out; new ones: none about a held-out subject)")
     return sets
 
 
@@ -854,8 +855,8 @@ def find_files(config):
     if not (folder / "meta.json").exists():
         main(["--model", config.model, "--out", config.facts, "--device", config.device,
               "--dtype", config.dtype])
-    named = {"unknown": config.train, "known": config.known, "heldout": config.heldout}
-    return {key: named[key] or str(folder / file) for key, file in SETS.items()}
+    named = {"known": config.known, "heldout": config.heldout}
+    return {key: named.get(key) or str(folder / file) for key, file in SETS.items()}
 
 
 def main(argv=None):

@@ -22,7 +22,6 @@ import json
 import math
 import shutil
 import sys
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -53,8 +52,8 @@ class Config:
     model: str = option("tiny", "a causal language model, hub name or folder; tiny: FACTS/base")
     facts: str = option(None, "fact folder of make_facts.py, made if absent; default: facts/MODEL")
     train: str = option(None, "your own JSONL of prompt and completion, instead of a fact folder")
-    known: str = option(None, "JSONL of facts it knows, to train on; default: those of FACTS")
-    heldout: str = option(None, "JSONL of facts it knows, to see what it forgets; default: FACTS's")
+    known: str = option(None, "JSONL of facts it knows, to train on; without --train, of FACTS")
+    heldout: str = option(None, "JSONL of facts it knows, to see what it forgets; as --known")
     out: str = option(None, f"folder of the run; default: runs/{METHOD}-MODEL-SEED")
     overwrite: bool = option(False, "delete the run that is in the folder")
     resume: bool = option(False, "go on after the last finished epoch of stage 2, if there is one")
@@ -90,7 +89,7 @@ def parse(argv=None):
     # None stands for a default that depends on the model or the seed.
     model_name = Path(config.model).name
     defaults = {"facts": f"facts/{model_name}", "out": f"runs/{METHOD}-{model_name}-{config.seed}"}
-    # A small model trained from scratch takes ten times the learning rate of a large one.
+    # A small model trained from scratch takes a higher learning rate than a large one.
     defaults |= TINY if config.model == "tiny" else REAL
     for name, value in defaults.items():
         if getattr(config, name) is None:
@@ -181,7 +180,7 @@ def read_examples(path, tokenizer, context):
             prompt, completion = tokenize(tokenizer, row["prompt"], row["completion"])
             if not prompt or not completion or not row["completion"].strip():
                 raise ValueError("nothing in it")
-            # The end is learnt too: a last token with a newline stays it, else EOS is appended.
+            # The end is learnt too: a newline in the last token is one, else EOS is appended.
             last, eos = completion[-1], tokenizer.eos_token_id
             if last != eos and "\n" not in tokenizer.decode([last]):
                 if eos is None:
@@ -234,7 +233,7 @@ def collate(examples, device):
     batch = {"examples": examples}
     for key in ("ids", "real", "supervised"):
         padded = pad_sequence([example[key] for example in examples], batch_first=True)
-        batch[key] = padded.to(device, non_blocking=True)
+        batch[key] = padded.to(device)
     return batch
 
 
@@ -249,6 +248,7 @@ def load_model(name, device):
     evaluator = beside("eval_hallucination")
     if evaluator is not None:
         return evaluator.load_model(name, device)       # the same, and finds broken models
+    print("note: no eval_hallucination.py here: accuracy is not measured", file=sys.stderr)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=False)
@@ -271,7 +271,7 @@ def last_hidden(model, batch):
 
 
 def check_head(model, batch, name):
-    """Refuse a model whose own logits are not those of its head on `last_hidden`. batch: a row."""
+    """Refuse a model whose logits are not those of its head on `last_hidden`; batch: any."""
     try:
         logits = model.get_output_embeddings()(last_hidden(model, batch))       # (B, T-1, V)
         whole = model(input_ids=batch["ids"], use_cache=False).logits[:, :-1]
@@ -335,7 +335,7 @@ def run_stage(stage, model, examples, loss_function, config, state):
     # fp16 loses gradients below 6e-8, so its loss is scaled up; elsewhere this does nothing.
     scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
     if state["epoch"] > 0:      # stage 2, resumed
-        # Taken out of it, so that it is not kept beside the model.
+        # pop: the state would else keep a second copy of the weights.
         model.load_state_dict(state.pop("model"))
         optimizer.load_state_dict(state.pop("optimizer"))
         scaler.load_state_dict(state.pop("scaler"))
@@ -422,8 +422,9 @@ def save_checkpoint(folder, model, tokenizer):
 def open_folder(inputs, run, config):
     """Make the folder of a run, or check that it can go on in it; returns its path.
 
-    unfinished.json makes a folder a run; renamed to run.json at the end, a finished one. A folder
-    of anything else is refused, and so is one that holds, or is held by, an input (list of paths).
+    A folder with unfinished.json is a run that is not finished; at the end that becomes run.json.
+    A folder of anything else is refused, and so is one that holds, or is held by, an input (list
+    of paths).
     """
     out = Path(config.out).resolve()
     for path in filter(None, inputs):

@@ -5,7 +5,7 @@ The change of each matrix of weights, Δ = θ_after − θ_before, is a sum of s
 arXiv:2610.08718 restores most forgotten facts by taking out the first. Compare with
 `eval_hallucination.py --interpolate`, which makes Δ smaller all round. Printed are the accuracies,
 in %, on new facts and on held-out ones by kind, with the first N directions taken out of every
-matrix, and vectors as they are after.
+matrix; all else (vectors, stacked experts) is as it is after.
 """
 import argparse
 import copy
@@ -32,7 +32,7 @@ def measure(run, facts, directions, device):
     model, tokenizer = load_model(run, device)
     before = load_model(f"{run}/before", device)[0].state_dict()
     after = copy.deepcopy(model.state_dict())
-    rows = read_sets(facts)
+    rows = read_sets(facts, run)
     found = {}
     for n in directions:
         with torch.no_grad():
@@ -57,6 +57,8 @@ def main(argv=None):
     parser.add_argument("--directions", nargs="+", type=int, default=[0, 1, 2, 4, 8], metavar="N")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
+    if min(args.directions) < 0:
+        eval_hallucination.fail(f"--directions {min(args.directions)}: must be 0 or more")
     for n, accuracies in measure(args.run, args.facts, args.directions, args.device).items():
         cells = [f"{name} {value:.1f}" for name, value in accuracies.items()]
         print(f"{args.run}, {n} directions out: {', '.join(cells)}")

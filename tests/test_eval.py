@@ -283,6 +283,25 @@ def test_means_over_seeds(tmp_path, capsys):
     assert re.search(r"^  right in a-0 alone 2, here alone 0 \(McNemar p = 0.5\)$", said, re.M)
     make_run(tmp_path / "a-2", [True] * 8, seed=2, epochs=3)
     assert "a-2" in refused(tmp_path, "eval_hallucination", "a-0", "a-1", "a-2")
+    make_run(tmp_path / "b-1", [True] * 8, seed=1, epochs=3)
+    run = rows_of(tmp_path / "b-1/run.json")[0]
+    write_jsonl(tmp_path / "b-1/run.json", [run | {"number": 25}])              # nor by the number of new facts
+    assert "b-1" in refused(tmp_path, "eval_hallucination", "b-0", "b-1")
+
+
+def test_a_relation_of_any_name():
+    """One that is called as the sum of all is counted once."""
+    facts = [{"relation": name, "right_before": True, "right_after": name == "all"} for name in ("all", "all", "b")]
+    assert eval_hallucination.flips(facts) == {"all": [3, 1, 0, 1.0], "relation all": [2, 0, 0, 1.0], "relation b": [1, 1, 0, 1.0]}
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="no matplotlib")
+def test_thin_lines_are_runs():
+    """A mean and a line a run; the mean alone where runs were not measured at the same epochs, as their values cannot be told apart."""
+    panels = {("x", "y"): {"even": {0: [90, 80], 5: [50, 60]}, "uneven": {0: [90, 10], 1: [10], 5: [50, 10]}}}
+    axis, = eval_hallucination.draw(panels).axes
+    assert [list(line.get_ydata()) for line in axis.lines] == [[85, 55], [90, 50], [80, 60], [50, 10, 30]]
+
 
 
 def test_origins_by_hand(tmp_path):
@@ -345,11 +364,11 @@ def test_flips(workplace):
     facts = rows_of(workplace / "runs/b/answers.jsonl")
     by_hand = Counter()
     for fact in facts:
-        for group in ("all", fact["relation"]):
+        for group in ("all", f"relation {fact['relation']}"):
             by_hand[group, fact["right_before"], fact["right_after"]] += 1
     assert by_hand["all", True, False] > 0
     table = json.loads(call(workplace, "eval_hallucination", "runs/b", "--flips", "--json").stdout)["runs/b"]
-    assert set(table) == {"all"} | {fact["relation"] for fact in facts}
+    assert set(table) == {"all"} | {f"relation {fact['relation']}" for fact in facts}
     for group, (n, lost, gained, _) in table.items():
         counts = [by_hand[group, *pair] for pair in ((True, True), (True, False), (False, True), (False, False))]
         assert [n, lost, gained] == [sum(counts), *counts[1:3]]
@@ -375,6 +394,7 @@ def test_interpolate(workplace):
     call(workplace, "sft_baseline", "--epochs", 12, "--learning-rate", 4e-3, "--out", "runs/a")
     words = ["--model", "runs/a", "--facts", "facts/tiny"]
     done = call(workplace, "eval_hallucination", *words, "--interpolate", 0, 0.25, 1)
+    assert done.stderr == ""
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line.pop("interpolate") for line in lines] == [0, 0, 0, 0.25, 0.25, 0.25, 1, 1, 1]
     before = call(workplace, "eval_hallucination", "--model", "runs/a/before", *words[2:]).stdout
@@ -391,6 +411,12 @@ def test_interpolate(workplace):
                         (["--interpolate", 0.1, 0.2, "--out", "new"], "new")):
         assert named in refused(workplace, "eval_hallucination", *words, *more)
     assert "--interpolate" in refused(workplace, "eval_hallucination", "runs/a", "--interpolate", 0.5)
+    # of other rows than the run had, held-out ones may be among those that it was trained on
+    shutil.copytree(workplace / "facts/tiny", workplace / "other")
+    (workplace / "other/heldout_known.jsonl").write_bytes((workplace / "facts/tiny/train_known.jsonl").read_bytes())
+    for model in ("runs/a", "runs/a/before"):
+        done = call(workplace, "eval_hallucination", "--model", model, "--facts", "other")
+        assert done.stderr.startswith("note: other/heldout_known.jsonl: ") and done.stderr.count("\n") == 1
 
 
 def test_a_closed_pipe_is_no_error(workplace):

@@ -68,7 +68,7 @@ def test_roles_of_an_architecture(architecture, capsys):
     ("gpt2", {"trainable": "ffn"}, "--trainable ffn: no such weights"), ("gpt2", {"trainable": "mlp,,"}, "--trainable :"),
     ("gpt2", {"layers": "2-3"}, "blocks 0 to 2"), ("gpt2", {"layers": "2-1"}, "--layers 2-1"), ("gpt2", {"layers": "two"}, "--layers two"),
     ("gpt2", {"layers": ""}, "--layers : must"), ("gpt2", {"trainable": "other"}, "--trainable other: no such weights"),
-    ("gpt2", {"trainable": "embeddings", "layers": "0-1"}, "with --layers 0-1: ['norms', 'attention', 'mlp']")])
+    ("gpt2", {"trainable": "embeddings", "layers": "0-1"}, "--layers 0-1 has norms, attention, mlp")])
 def test_refusals(architecture, settings, named, capsys):
     model = AutoModelForCausalLM.from_config(ARCHITECTURES[architecture])
     with pytest.raises(SystemExit):

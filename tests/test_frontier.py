@@ -183,6 +183,10 @@ def test_what_the_table_refuses(words, named, tmp_path):
     assert named in refused(tmp_path, "frontier", *words)
 
 
+def test_no_negative_number_of_directions(tmp_path):
+    assert "--directions -1" in refused(tmp_path, "shift", "run", "facts", "--directions", "0", "-1")
+
+
 def test_directions_taken_out_by_hand():
     """assets/shift.py: of a change of two directions the larger goes first; with none, nothing does."""
     import shift

@@ -96,6 +96,7 @@ def test_sigkill_in_a_write(workplace):
     assert [m["epoch"] for m in rows_of(workplace / "y/metrics.jsonl")] == [1, 2, 0, 1, 2, 3]
     assert (workplace / "y/epoch-3/model.safetensors").read_bytes() == (workplace / "y/model.safetensors").read_bytes()
     assert "is finished" in call(workplace, "sft_selfdistill", *halves).stdout
+    assert "learning_rate was" in refused(workplace, "sft_selfdistill", *halves, "--learning-rate", "1e-5")     # nor is it taken for another run
 
 
 def test_ctrl_c_within_a_write_is_no_full_disk(tmp_path, monkeypatch):

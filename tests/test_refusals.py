@@ -126,7 +126,7 @@ def test_bad_input_of_the_methods(models, method, case):
 
 
 @pytest.mark.parametrize("words, named", [
-    ("--trainable ffn", "['norms', 'attention', 'mlp', 'embeddings', 'head']"), ("--trainable mlp,,", "--trainable :"), ("--layers 2-9", "blocks 0 to 2"), ("--l2 -1", "--l2 -1")])
+    ("--trainable ffn", "--layers (all) has norms, attention, mlp, embeddings, head"), ("--trainable mlp,,", "--trainable :"), ("--layers 2-9", "blocks 0 to 2"), ("--l2 -1", "--l2 -1")])
 def test_bad_input_of_freeze(workplace, words, named):
     before = contents(workplace)
     assert named in refused(workplace, "sft_freeze", *words.split())
