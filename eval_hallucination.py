@@ -810,8 +810,8 @@ def show(table, runs, examples):
 def ask_again(run, path, batch_size, device):
     """The questions of a JSONL file put to a run's models: facts as those of `read_run`.
 
-    A row without answer or completion is right after stage 2 if it is answered as before, up to
-    64 tokens."""
+    A row without answer or completion is right after stage 2 if it is answered as before, in
+    64 tokens at least."""
     facts = read_jsonl(path)
     if not facts or not all(fact.get("prompt") for fact in facts):
         fail(f"{path}: wanted: one object with a prompt a line, with or without answers")
@@ -821,7 +821,9 @@ def ask_again(run, path, batch_size, device):
         special = special_tokens(tokenizer)
         accepted = [accepted_answers(fact, special) for fact in facts]
         unlabelled = accepted.count([])
-        needed = [max(64, length) for length in tokens_needed(tokenizer, accepted)]
+        needed = []
+        for length, right in zip(tokens_needed(tokenizer, accepted), accepted):
+            needed.append(max(16, length) if right else 64)
         answers = generate_answers(model, tokenizer, prompts, needed, batch_size)
         for fact, answer, right in zip(facts, answers, accepted):
             fact[when] = answer
@@ -931,18 +933,19 @@ def interpolate(model, before, after, share):
 def read_sets(folder, model):
     """Rows of the three sets of a fact folder: {"unknown", "known", "heldout": list of dicts}.
 
-    If `model` is the folder of a run, or in one, there is a note if that had other rows."""
+    If `model` is a run, or the before/ or epoch-N/ of one, a note says if that had other rows."""
+    run = Path(model)
+    if re.fullmatch(r"before|epoch-\d+", run.name):
+        run = run.parent
     used = {}
-    for run in (Path(model) / "run.json", Path(model).parent / "run.json"):
-        if run.exists():
-            used = read_jsonl(run)[0].get("data", {})
-            break
+    if (run / "metrics.jsonl").exists() and (run / "run.json").exists():
+        used = read_jsonl(run / "run.json", ["method", "config"])[0].get("data", {})
     sets = {}
     for key, file in SETS.items():
         path = Path(folder) / file
         sets[key] = read_jsonl(path, ["prompt", "completion"])
         if key in used and used[key] != hashlib.sha256(path.read_bytes()).hexdigest():
-            note(f"{path}: {model} had other rows; it may have been trained on what is held out")
+            note(f"{path}: not the rows that {model} was trained and measured with")
     return sets
 
 

@@ -742,7 +742,8 @@ def split_facts(facts, labelled, config, rng):
                  "HighlyKnown) or --shots (fewer exemplars set aside), or take another model")
         if len(rows) < wanted.get(key, 0):
             print(f"{len(rows)} instead of {wanted[key]} facts in {SETS[key]}: there are no more "
-                  "(known facts: half are held out; new ones: none about a held-out subject)")
+                  "(known facts: at most half are trained on; real new ones: none about a "
+                  "held-out subject)")
     return sets
 
 

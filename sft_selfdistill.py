@@ -282,7 +282,7 @@ def last_hidden(model, batch):
 
 
 def check_head(model, batch, name):
-    """Refuse a model whose logits are not those of its head on `last_hidden`; batch: any."""
+    """Refuse a model whose logits are not those of its head on `last_hidden`; batch: a row."""
     try:
         logits = model.get_output_embeddings()(last_hidden(model, batch))       # (B, T-1, V)
         whole = model(input_ids=batch["ids"], use_cache=False).logits[:, :-1]

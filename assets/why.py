@@ -83,15 +83,15 @@ def subject_states(path, beginnings, device, expected=None):
         # Padded on the right, which a causal model does not see: it needs no attention mask.
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(model.device)
         with torch.no_grad():
-            states = model(input_ids=padded, output_hidden_states=True).hidden_states
+            # Of the model without its head: no logits are needed.
+            states = model.base_model(input_ids=padded, output_hidden_states=True).hidden_states
         for layer, state in enumerate(states):      # (B, T, d); Gemma 3n: (streams, B, T, d)
             vectors = state[..., torch.arange(len(ids)), last, :].movedim(-2, 0)
             layers[layer].append(vectors.flatten(1).float().cpu())
     return [torch.cat(vectors) for vectors in layers.values()]
 
 
-# Several runs mostly start from one model.
-start_states = functools.lru_cache(maxsize=4)(subject_states)
+start_states = functools.cache(subject_states)      # several runs may start from one model
 
 
 def drift(run, of, device):

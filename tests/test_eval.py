@@ -417,6 +417,9 @@ def test_interpolate(workplace):
     for model in ("runs/a", "runs/a/before"):
         done = call(workplace, "eval_hallucination", "--model", model, "--facts", "other")
         assert done.stderr.startswith("note: other/heldout_known.jsonl: ") and done.stderr.count("\n") == 1
+    shutil.copytree(workplace / "runs/a/before", workplace / "model")                # beside a stranger's run.json
+    (workplace / "run.json").write_text("{\n}")
+    assert not call(workplace, "eval_hallucination", "--model", "model", "--facts", "other").stderr
 
 
 def test_a_closed_pipe_is_no_error(workplace):
@@ -489,14 +492,14 @@ def test_drift_of_odd_hidden_states(tmp_path, base):
     states = why.subject_states(saved(opt, tokenizer, tmp_path / "opt"), texts, torch.device("cpu"))
     assert len(states) == 3 and all(layer.shape[0] == 2 for layer in states)
     stacked = copy.deepcopy(base[0])
-    forward = stacked.forward
+    forward = stacked.base_model.forward
 
     def streams(*args, **more):
         output = forward(*args, **more)
         if output.hidden_states:
             output.hidden_states = tuple(torch.stack([h, h]) for h in output.hidden_states[:-1]) + output.hidden_states[-1:]
         return output
-    stacked.forward = streams
+    stacked.base_model.forward = streams
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eval_hallucination, "load_model", lambda path, device: (stacked, tokenizer))
         states = why.subject_states("x", texts, torch.device("cpu"))
