@@ -266,7 +266,7 @@ def load_model(name, device):
     evaluator = beside("eval_hallucination")
     if evaluator is not None:
         return evaluator.load_model(name, device)       # the same, and finds broken models
-    print("note: no eval_hallucination.py here: accuracy is not measured", file=sys.stderr)
+    print("note: no eval_hallucination.py here: accuracy is not measured")
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=False)

@@ -73,7 +73,7 @@ def test_alone_in_an_empty_folder(tmp_path, world, method):
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in mine), encoding="utf-8")
     done = run(tmp_path, f"{method}.py", "--model", "my-model", "--train", "mine.jsonl", "--epochs", 2, "--out", "tuned")
     assert done.stdout.splitlines()[-1] == "saved tuned" and not (tmp_path / "tuned/answers.jsonl").exists()
-    assert "accuracy is not measured" in done.stderr
+    assert "accuracy is not measured" in done.stdout
     assert "--train" in run(tmp_path, f"{method}.py", "--model", "my-model", ok=False).stderr        # no facts without make_facts.py
     assert json.loads(call(tmp_path, "eval_hallucination", "tuned", "--json").stdout)[0]["n"] == 0
     model, tokenizer = eval_hallucination.load_model(tmp_path / "tuned")
