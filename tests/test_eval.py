@@ -417,8 +417,9 @@ def test_interpolate(workplace):
     for model in ("runs/a", "runs/a/before"):
         done = call(workplace, "eval_hallucination", "--model", model, "--facts", "other")
         assert done.stderr.startswith("note: other/heldout_known.jsonl: ") and done.stderr.count("\n") == 1
-    shutil.copytree(workplace / "runs/a/before", workplace / "model")                # beside a stranger's run.json
-    (workplace / "run.json").write_text("{\n}")
+    shutil.copytree(workplace / "runs/a/before", workplace / "model")                # with strangers' run.json
+    for folder in (".", "model"):
+        (workplace / folder / "run.json").write_text("{\n}")
     assert not call(workplace, "eval_hallucination", "--model", "model", "--facts", "other").stderr
 
 
