@@ -467,6 +467,23 @@ def weights_hash(model):
     return sha.hexdigest()[:16]
 
 
+def file_hash(path):
+    """Hash of the bytes of a file (str)."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def run_of(model):
+    """What run.json says of the run that `model` is, or is the before/ or epoch-N/ of.
+
+    model: a path, or a name on the hub. A dict, empty if it is of no finished run."""
+    folder = Path(model)
+    if re.fullmatch(r"before|epoch-\d+", folder.name):
+        folder = folder.parent
+    if not (folder / "run.json").exists() or not (folder / "metrics.jsonl").exists():
+        return {}
+    return read_jsonl(folder / "run.json", ["method", "config"])[0]
+
+
 def check_run(model, name, files, sets, run):
     """Refuse data with which a run would measure something other than it says.
 
@@ -499,9 +516,9 @@ def check_run(model, name, files, sets, run):
                          "it out of one of the files")
                 if key != "heldout":
                     trained |= same
-            more["data"][key] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            more["data"][key] = file_hash(path)
     begun = out / "run.json"        # of a finished run
-    if not begun.exists() and (out / "state.pt").exists():      # without, it begins anew
+    if not begun.exists() and (out / "state.pt").exists():      # without state.pt it begins anew
         begun = out / "unfinished.json"
     if run["config"]["resume"] and begun.exists():
         check_resumed(begun, run | more)
@@ -534,12 +551,9 @@ def check_weights(folder, weights, name):
     labelled = json.loads((folder / "meta.json").read_text("utf-8")).get("weights")
     if labelled == weights:
         return
-    # name may be a run, or before/ or epoch-N/ in one, that started from the labelled model.
-    for earlier in (Path(name), Path(name).parent):
-        run = earlier / "run.json"
-        if run.is_file() and json.loads(run.read_text("utf-8")).get("weights") == labelled:
-            print(f"note: {folder} says what the model knew from which {name} was trained")
-            return
+    if labelled and run_of(name).get("weights") == labelled:
+        print(f"note: {folder} says what the model knew from which {name} was trained")
+        return
     fail(f"--model {name}: {folder} was made for other weights; make a fact folder for these, with "
          "make_facts.py --model, and name it with --facts")
 
@@ -695,8 +709,8 @@ def compare(runs):
     first = {}          # hash of held-out rows: the first of the runs that was scored on them
     settings = {}
     for run in runs:
-        same = must_match(run) | {"seed": None, "weights": None, "data": None}
-        same |= {key: run.get(key) for key in ("width", "number")}
+        same = must_match(run) | {"seed": None, "weights": None, "data": None,
+                                  "width": run.get("width"), "number": run.get("number")}
         if settings.setdefault(run["group"], same) != same:
             fail(f"{run['name']}: its settings are not those of the other {run['group']}-SEED; "
                  "runs of which a mean is taken differ in the seed alone: rename it")
@@ -933,18 +947,13 @@ def interpolate(model, before, after, share):
 def read_sets(folder, model):
     """Rows of the three sets of a fact folder: {"unknown", "known", "heldout": list of dicts}.
 
-    If `model` is a run, or the before/ or epoch-N/ of one, a note says if that had other rows."""
-    run = Path(model)
-    if re.fullmatch(r"before|epoch-\d+", run.name):
-        run = run.parent
-    used = {}
-    if (run / "metrics.jsonl").exists() and (run / "run.json").exists():
-        used = read_jsonl(run / "run.json", ["method", "config"])[0].get("data", {})
+    If `model` is of a run (see `run_of`), a note says if that had other rows."""
+    used = run_of(model).get("data", {})
     sets = {}
     for key, file in SETS.items():
         path = Path(folder) / file
         sets[key] = read_jsonl(path, ["prompt", "completion"])
-        if key in used and used[key] != hashlib.sha256(path.read_bytes()).hexdigest():
+        if key in used and used[key] != file_hash(path):
             note(f"{path}: not the rows that {model} was trained and measured with")
     return sets
 

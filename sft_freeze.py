@@ -198,7 +198,7 @@ def read_examples(path, tokenizer, context):
             prompt, completion = tokenize(tokenizer, row["prompt"], row["completion"])
             if not prompt or not completion or not row["completion"].strip():
                 raise ValueError("nothing in it")
-            # The end is learnt too: a newline in the last token is one, else EOS is appended.
+            # The end is learnt too: a newline in the last token is an end, else EOS is appended.
             last, eos = completion[-1], tokenizer.eos_token_id
             if last != eos and "\n" not in tokenizer.decode([last]):
                 if eos is None:

@@ -303,7 +303,6 @@ def test_thin_lines_are_runs():
     assert [list(line.get_ydata()) for line in axis.lines] == [[85, 55], [90, 50], [80, 60], [50, 10, 30]]
 
 
-
 def test_origins_by_hand(tmp_path):
     """Five hallucinations, of every origin; chance: the relation's other answers, each as often as it stands there."""
     def fact(subject, relation, answer):

@@ -200,6 +200,8 @@ def test_further_training_with_the_facts_of_the_start_model(workplace):
     call(workplace, "sft_baseline", "--epochs", 1, "--out", "x")
     done = call(workplace, "sft_baseline", "--epochs", 1, "--model", "x", "--facts", "facts/tiny", "--out", "y")
     assert "note: facts/tiny says what the model knew from which x was trained" in done.stdout
+    done = call(workplace, "sft_baseline", "--epochs", 1, "--model", "x/before", "--facts", "facts/tiny", "--out", "w")
+    assert "note: facts/tiny says what the model knew from which x/before was trained" in done.stdout
     (workplace / "x/run.json").unlink()
     assert "made for other weights" in refused(workplace, "sft_baseline", "--model", "x", "--facts", "facts/tiny", "--out", "z")
     # the same weights in another folder are the same model
