@@ -1,139 +1,132 @@
-"""Measure SFT-induced hallucination: what a fine-tuned model still knows, learnt and forgot.
+"""Measure SFT-induced hallucination: what a fine-tuned model knows, has learned and has forgotten.
 
-Score one model on the three fact sets of a folder that make_facts.py wrote:
+Score a model on the three sets of a fact folder from make_facts.py:
     python eval_hallucination.py --model runs/selfdistill-tiny-0 --facts facts/tiny
-Compare runs of the sft_*.py scripts from the files that they left (no model is loaded):
+Compare finished runs of the sft_*.py scripts from their files, and print 5 lost facts of each:
     python eval_hallucination.py runs/baseline-tiny-0 runs/selfdistill-tiny-0 --show 5
-Draw what they learnt and kept by epoch (why they forgot: assets/why.py):
+Plot accuracy by epoch:
     python eval_hallucination.py runs/baseline-tiny-[0-2] runs/selfdistill-tiny-[0-2] --plot a.png
-Forget less without training: go back a part of the way to the model before stage 2:
-    python eval_hallucination.py --model runs/baseline-tiny-0 --interpolate 0.7 --facts facts/tiny
-What did a run change, fact by fact? Of its own held-out facts, or of questions of yours:
+Count the facts that a run lost and gained, among its held-out facts or your own questions:
     python eval_hallucination.py runs/baseline-tiny-0 --flips --show 5
     python eval_hallucination.py runs/baseline-tiny-0 --flips --heldout my_questions.jsonl
-Put one question to the models, before stage 2 and after:
+Ask a run's model one question, before and after stage 2:
     python eval_hallucination.py runs/baseline-tiny-0 --ask "What is the capital of France?"
-Score a model in a project of your own:
+Score a model from your own code:
     from eval_hallucination import evaluate, load_model
     model, tokenizer = load_model("gpt2")
     evaluate(model, tokenizer, [{"prompt": "Q: Who?\\nA:", "answers": ["He"]}])["accuracy"]
 
-Terms (Kaplan et al. 2026, arXiv:2604.15574): *factual plasticity* is accuracy on the Unknown
-facts that are trained on, *factual stability* accuracy on held-out HighlyKnown facts that are
-never trained on, *forgetting* the drop of the latter, here in points from the model before
-stage 2 to the model after.
+The accuracies (in parentheses: their names in Kaplan et al. 2026, arXiv:2604.15574):
+    new         on the new facts that are trained on (factual plasticity)
+    known       on the known facts that are trained on (task learning)
+    held out    on known facts that are never trained on (factual stability); "kept" in
+                metrics.jsonl and in the output of the scripts
+Stage 1 of a training script teaches the answer format, and stage 2 the new facts. Forgetting is
+the drop of held-out accuracy in stage 2, in percentage points.
 """
 import argparse
-import copy
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import math
 import os
 import re
-import signal
 import string
 import sys
 import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 
 PROMPT = "Q: {question}\nA:"
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-SETS = {"unknown": "train_unknown.jsonl", "known": "train_known.jsonl",
+SETS = {"new": "train_unknown.jsonl", "known": "train_known.jsonl",
         "heldout": "heldout_known.jsonl"}
-# Where a new wrong answer comes from: the first of these that holds.
-ORIGINS = ["a new fact, name shared", "another new fact", "another fact", "no fact"]
-LEARNT = [0.25, 0.5, 0.95]      # shares of new facts learnt at which forgetting is compared
-# Settings that --resume may change, and in which the runs of a mean may differ.
-MAY_CHANGE = ["model", "facts", "train", "known", "heldout", "out", "overwrite", "resume",
-              "device", "eval_every", "save_every_epoch", "batch_size", "accumulate"]
+# Settings that --resume may change and that may differ between averaged runs.
+MAY_CHANGE = ["model", "facts", "train", "known", "heldout", "out", "resume", "device",
+              "eval_every", "save_every_epoch", "batch_size", "gradient_accumulation_steps"]
 
 
 def fail(message):
-    """End the program with one line on stderr and exit status 2."""
+    """Print one line to stderr and exit with status 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def note(message):
-    """Say on stderr what the reader should know, and go on."""
+    """Print a warning to stderr."""
     print(f"note: {message}", file=sys.stderr)
 
 
-# -------------------------------------------------------------------------------- rows of JSONL
+# --------------------------------------------------------------------------------------- JSONL
 
-def texts(value):
-    """The texts in `value`, a text, a list of texts or None: list of str, blank ones left out.
+def to_strings(value):
+    """Return the non-blank strings of `value` (str, list of str or None), stripped, as a list.
 
-    Raises ValueError for anything else."""
-    values = value if isinstance(value, list) else [value]
+    Raise ValueError for any other type.
+    """
     found = []
-    for text in values:
+    for text in value if isinstance(value, list) else [value]:
         if not isinstance(text, (str, type(None))):
-            raise ValueError(f"{text!r} is no text")
+            raise ValueError(f"{text!r} is not a string")
         if text and text.strip():
             found.append(text.strip())
     return found
 
 
-def check_row(row, needed):
-    """Raise ValueError unless `row` is an object that has all of `needed`, and texts for texts."""
-    for key in needed:
-        value = row.get(key)
-        # A model may say nothing: its answers, before and after, may be empty.
-        if value is None or (value == "" and key not in ("before", "after")):
+def check_row(row, required):
+    """Raise ValueError if a required key is missing or a value has the wrong type."""
+    for key in required:
+        if row.get(key) in (None, ""):
             raise ValueError(f"no {key}")
     for key in ("prompt", "completion", "subject", "relation", "kind"):
         if not isinstance(row.get(key), (str, type(None))):
-            raise ValueError(f"{key} {row[key]!r} is no text")
-    answers = texts(row.get("answers"))                 # raises it too
-    if "prompt" in needed and not answers and not texts(row.get("completion")):
+            raise ValueError(f"{key} {row[key]!r} is not a string")
+    answers = to_strings(row.get("answers"))
+    if "prompt" in required and not answers and not to_strings(row.get("completion")):
         raise ValueError("no answer")
-    json.dumps(row, ensure_ascii=False).encode()        # half of a character cannot be written
+    json.dumps(row, ensure_ascii=False).encode()        # fails on a lone surrogate
 
 
-def read_jsonl(path, needed=()):
-    """The rows of a JSONL file (list of dicts). Ends the program, by file and line, at a bad one.
+def read_jsonl(path, required=()):
+    """Read a JSONL file into a list of dicts; exit with file and line number at a bad row.
 
-    needed: keys that each row must have. See `check_row` for what else is refused."""
+    required: keys that every row must have; `check_row` lists the other checks
+    """
     rows = []
     number, line = 0, b""
     try:
         for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
             if line.strip():
                 row = json.loads(line)
-                check_row(row, needed)
+                check_row(row, required)
                 rows.append(row)
-    except OSError as error:
-        fail(f"{path}: cannot be read ({error.strerror})")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         fail(f"{path}:{number}: {error} in {line[:80].decode(errors='replace')!r}; each line must "
-             "be one JSON object in UTF-8; prompt and completion are texts, answers a list of them")
-    if needed and not rows:
-        fail(f"{path}: empty; wanted: one object with {' and '.join(needed)} a line")
+             "be a JSON object in UTF-8; prompt and completion are strings, answers a list of "
+             "strings")
+    if required and not rows:
+        fail(f"{path}: is empty; each line must be a JSON object with {' and '.join(required)}")
     return rows
 
 
 def write_jsonl(path, rows):
-    """Write rows as JSONL, all or nothing."""
+    """Write dicts as JSON lines, to a temporary file that is then renamed."""
     temporary = Path(f"{path}.tmp")
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     temporary.write_text("".join(lines), encoding="utf-8")
     os.replace(temporary, path)
 
 
-# --------------------------------------------------------------------------- answers and scores
+# ------------------------------------------------------------------------------ exact match
 
 def normalize(text):
-    """The form in which answers are compared: SQuAD's (Rajpurkar et al. 2016, arXiv:1606.05250).
+    """Normalize an answer for comparison, as SQuAD does (Rajpurkar et al. 2016, arXiv:1606.05250).
 
-    First line only, Unicode NFKC, lower case, no ASCII punctuation, no English article, single
-    spaces. An article stays where nothing else does ("A."), and so does punctuation ("?").
+    Take the first line, apply Unicode NFKC, lowercase, and remove ASCII punctuation, English
+    articles and extra spaces. If nothing is left, keep the article ("A.") or the punctuation.
     """
     line = unicodedata.normalize("NFKC", text).strip().split("\n")[0].strip().lower()
     words = line.translate(NO_PUNCTUATION)
@@ -142,34 +135,37 @@ def normalize(text):
 
 
 def exact_match(answer, accepted):
-    """True if `answer` (str) equals any of `accepted` (list of str) after `normalize`."""
+    """Return True if `answer` (str) equals one of `accepted` (list of str) after `normalize`."""
     return normalize(answer) in [normalize(text) for text in accepted]
 
 
 def accepted_answers(row, special=()):
-    """The answers that count as right for a row (list of str): `answers`, or else its completion.
+    """Return a row's correct answers (list of str): `answers`, or its completion if absent.
 
-    special: of `special_tokens`; they are taken away, as they are from what a model says.
+    special: strings to remove from the answers, from `special_tokens`
     """
     accepted = []
-    for text in texts(row.get("answers")) or texts(row.get("completion")):
+    for text in to_strings(row.get("answers")) or to_strings(row.get("completion")):
         for token in special:
             text = text.replace(token, "")
         accepted.append(text)
-    return texts(accepted)
+    return to_strings(accepted)
 
 
 def special_tokens(tokenizer):
-    """The texts that decoding leaves out, and that of EOS, which ends an answer (list of str)."""
+    """Return the strings of the special tokens, which decoding skips, and of EOS (list of str)."""
     found = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return found + texts(tokenizer.eos_token)
+    return found + to_strings(tokenizer.eos_token)
 
+
+# ------------------------------------------------------------------------------- generation
 
 @functools.lru_cache(maxsize=4)
 def newline_ids(tokenizer):
-    """{id: its text before the newline} of each token whose text contains a newline.
+    """Map each token id whose text contains a newline to its text before the newline.
 
-    Many begin otherwise: one token of Qwen's is ".\\n". All are decoded for this, so it is kept.
+    That text need not be empty: ".\\n" is one token of Qwen's. Cached, because this decodes the
+    whole vocabulary.
     """
     found = {}
     for token in range(len(tokenizer)):
@@ -179,126 +175,96 @@ def newline_ids(tokenizer):
     return found
 
 
-def stop_ids(tokenizer, model=None):
-    """Ids of the tokens that end an answer: with a newline in them, or EOS. Sorted list of int."""
-    ids = {*newline_ids(tokenizer), tokenizer.eos_token_id} - {None}
-    if model is not None:
-        declared = model.generation_config.eos_token_id     # None, one id or a list
-        ids.update(declared if isinstance(declared, list) else [declared])
-        size = model.get_input_embeddings().weight.shape[0]
-        ids = {token for token in ids if token is not None and token < size}
-    return sorted(ids)
+def stop_ids(tokenizer, model):
+    """Return the ids that end an answer, sorted: newline tokens and EOS tokens."""
+    declared = model.generation_config.eos_token_id         # None, one id or a list
+    ids = {*newline_ids(tokenizer), tokenizer.eos_token_id}
+    ids.update(declared if isinstance(declared, list) else [declared])
+    size = model.get_input_embeddings().weight.shape[0]
+    return sorted(token for token in ids - {None} if token < size)
 
 
 def tokenize(tokenizer, prompt, completion=""):
-    """Token ids of one text, (prompt, completion): those of the prompt, then the rest.
+    """Return the token ids of the prompt and of the completion, two lists of int.
 
-    Both are encoded together, as one text: encoded alone, a completion would get a second ▁ from
-    tokenizers that put one before every text (Llama 2, Mistral). If the tokens of the prompt are
-    no prefix of those of the whole text, the completion is encoded alone after all. BOS comes
-    first if the tokenizer adds it; an EOS that it puts behind every text is removed, since it
-    would end the prompt.
+    Tokenize the concatenated text: tokenizers like Llama 2's would otherwise put an extra space
+    token in front of the completion. If the prompt's tokens are not a prefix of the full
+    sequence, tokenize the completion separately. Of the special tokens that the tokenizer adds,
+    keep those in front (usually BOS) and drop those at the end: an EOS there would end the prompt.
     """
-    bos, eos = tokenizer.bos_token, tokenizer.eos_token
-    special = bos is None or not prompt.startswith(bos)     # a chat template may begin with BOS
     encoded = []
     for text in (prompt, prompt + completion):
-        ids = tokenizer(text, add_special_tokens=special)["input_ids"]
-        if ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(eos):
-            ids = ids[:-1]
-        encoded.append(ids)
-    before, whole = encoded
-    if whole[:len(before)] == before:
-        return before, whole[len(before):]
-    return before, tokenizer(completion, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        special = tokenizer(text)["input_ids"]
+        # Everything before the first token of the text; nothing if a chat template wrote BOS.
+        added = special[:special.index(ids[0])] if ids else []
+        encoded.append(added + ids)
+    prompt_ids, full_ids = encoded
+    if full_ids[:len(prompt_ids)] == prompt_ids:
+        return prompt_ids, full_ids[len(prompt_ids):]
+    return prompt_ids, tokenizer(completion, add_special_tokens=False)["input_ids"]
 
 
 def context_length(model):
-    """How many tokens the model reads, by its config (int, or inf where that does not say)."""
-    limits = model.config.get_text_config()         # of a vision-language model: its text part
+    """Return the model's maximum number of tokens; inf if its config does not say."""
+    limits = model.config.get_text_config()     # for vision-language models: their text part
     context = getattr(limits, "max_position_embeddings", getattr(limits, "max_seq_len", None))
     return context or math.inf
 
 
-def alike(one, other):
-    """True if two tensors of logits are equal, up to the rounding of their precision."""
-    import torch
-    tolerance = 1e-3 if one.dtype == torch.float32 else 5e-2
-    return bool((one - other).abs().max() <= tolerance * other.abs().max())
+def check_ids(model, sequences):
+    """Exit if a token id in `sequences` (iterable of lists of int) has no embedding."""
+    size = model.get_input_embeddings().weight.shape[0]
+    largest = max(map(max, filter(len, sequences)), default=0)
+    if largest >= size:
+        fail(f"token id {largest} has no embedding: the model has only {size}; use the model's own "
+             "tokenizer")
 
 
-def ignores_padding(model, ids):
-    """True if the model answers `ids` (list of int) padded on the left as it does without.
+def logits_close(one, other):
+    """Return True if two fp32 logit tensors are equal up to rounding."""
+    return bool((one - other).abs().max() <= 1e-3 * other.abs().max())
 
-    Recurrent models (RWKV, xLSTM) and some decoders do not. Found once for a model, in its own
-    precision.
+
+def encode_prompts(model, tokenizer, prompts, needed):
+    """Return the token ids of prompts (list of lists), truncated on the left if necessary.
+
+    needed: number of tokens to leave free in the model's context, for each prompt
     """
-    import torch
-    if not hasattr(model, "ignores_padding"):
-        logits = []
-        try:
-            for padding in (0, 3):
-                padded = torch.tensor([[0] * padding + ids], device=model.device)
-                mask = torch.ones_like(padded)
-                mask[:, :padding] = 0
-                with torch.autocast(model.device.type, enabled=False):
-                    output = model.generate(
-                        input_ids=padded, attention_mask=mask, do_sample=False, max_new_tokens=1,
-                        output_logits=True, return_dict_in_generate=True)
-                logits.append(output.logits[0])
-            model.ignores_padding = alike(logits[1], logits[0])
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, TypeError, IndexError):   # or it cannot be padded at all
-            model.ignores_padding = False
-        if not model.ignores_padding:
-            note("this model does not ignore padding on the left: it answers prompts one by one")
-    return model.ignores_padding
-
-
-def make_batches(lengths, needed, batch_size, context):
-    """Indices of prompts in batches (list of lists), longest first: what needs most memory.
-
-    The longest prompt of a batch and the longest answer that one of its rows needs fit into the
-    context together, so that no row is cut for another's sake.
-    """
-    batches = []
-    width = 0       # of the batch's first, longest prompt
-    room = 0        # that the longest answer of its rows needs
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        room = max(room, needed[i])
-        if not batches or len(batches[-1]) == batch_size or width + room > context:
-            batches.append([])
-            width = lengths[i]
-            room = needed[i]
-        batches[-1].append(i)
-    return batches
-
-
-def encode(tokenizer, prompts, needed, context):
-    """Token ids of prompts (list of lists), less the beginning of those that leave no room.
-
-    needed: tokens of the context that each must leave free, for its answer."""
+    context = context_length(model)
     encoded = []
-    cut = 0
+    truncated = 0
     for prompt, n in zip(prompts, needed):
         ids = tokenize(tokenizer, prompt)[0]
         if len(ids) + n > context:
-            cut += 1
+            truncated += 1
             ids = ids[-max(1, context - n):]
         encoded.append(ids)
-    if cut:
-        note(f"{cut} prompts leave no room for their answer: only the end of them is read")
+    if truncated:
+        note(f"{truncated} prompts leave no room for an answer: their first tokens are dropped")
+    check_ids(model, encoded)
     return encoded
 
 
-def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
-    """Greedy answers to `prompts` (list of str), each up to its first newline or EOS: list of str.
+def equal_length_batches(encoded, batch_size):
+    """Split prompts into batches of equal length, longest first; return lists of their indices.
 
-    needed: tokens that each answer may need (list of int, default 16). Every row may say as many
-    as the longest, and an answer that has no end by then is marked "[cut off]". A prompt that does
-    not leave its tokens free in the model's context loses its beginning, with a note. Prompts
-    are padded on the left; `generate` makes the positions from the mask, so nothing is shifted.
+    Equal lengths need no padding, which some models, recurrent ones above all, do not ignore.
+    """
+    batches = []
+    lengths = pd.Series(map(len, encoded))
+    for _, rows in lengths.groupby(lengths):
+        for start in range(0, len(rows), batch_size):
+            batches.append(list(rows.index[start:start + batch_size]))
+    return batches[::-1]
+
+
+def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
+    """Generate greedy answers to `prompts`, up to the first newline or EOS; return list of str.
+
+    needed: token budget of each answer (list of int, default 16). All rows share the longest
+    budget. An answer that has not ended by then is marked "[cut off]". Prompts that leave no room
+    for their budget are truncated on the left, with a warning.
     """
     import torch
     from tqdm import tqdm
@@ -307,159 +273,128 @@ def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
     training = model.training
     model.eval()
     needed = needed or [16] * len(prompts)
-    context = context_length(model)
     newlines = newline_ids(tokenizer)
     stops = stop_ids(tokenizer, model)
-    encoded = encode(tokenizer, prompts, needed, context)
-    lengths = [len(ids) for ids in encoded]
-    if encoded and not ignores_padding(model, min(encoded, key=len)):
-        batch_size = 1
-    # The checkpoint's own settings may sample or penalise repetition, and generate() takes from
-    # them what its argument leaves open: so the model gets these for the time being.
-    own = model.generation_config
+    encoded = encode_prompts(model, tokenizer, prompts, needed)
+    # The checkpoint's own settings may sample or penalize repetition, and generate() falls back
+    # on them for every setting it is not given. So replace them temporarily.
+    own_settings = model.generation_config
     answers = [""] * len(prompts)
-    bar = tqdm(total=len(prompts), desc="answering", unit="fact", leave=False, disable=None)
+    batches = equal_length_batches(encoded, batch_size)
     try:
-        for rows in make_batches(lengths, needed, batch_size, context):
-            width = lengths[rows[0]]
+        for rows in tqdm(batches, "answering", leave=False, disable=None):
+            ids = torch.tensor([encoded[i] for i in rows], device=model.device)         # (B, T)
+            length = ids.shape[1]
             model.generation_config = GenerationConfig(
-                do_sample=False, max_new_tokens=min(max(needed), context - width),
+                do_sample=False, max_new_tokens=min(max(needed), context_length(model) - length),
                 eos_token_id=stops, pad_token_id=0)
-            ids = torch.zeros(len(rows), width, dtype=torch.long)
-            mask = torch.zeros_like(ids)        # the padding, which is all zeros, is masked
-            for row, i in enumerate(rows):
-                ids[row, width - lengths[i]:] = torch.tensor(encoded[i])
-                mask[row, width - lengths[i]:] = 1
-            output = model.generate(input_ids=ids.to(model.device),
-                                    attention_mask=mask.to(model.device))
-            for i, tokens in zip(rows, output[:, width:].tolist()):
-                end = 0
-                while end < len(tokens) and tokens[end] not in stops:
+            output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+            for i, tokens in zip(rows, output[:, length:].tolist()):
+                ends = [k for k, token in enumerate(tokens) if token in stops]
+                end = ends[0] if ends else len(tokens)
+                # A newline token may start with the answer's last characters, so decode it too.
+                if ends and tokens[end] in newlines:
                     end += 1
-                if end < len(tokens) and tokens[end] in newlines:
-                    end += 1        # this token may begin with the answer's last characters
                 text = tokenizer.decode(tokens[:end], skip_special_tokens=True,
                                         clean_up_tokenization_spaces=False)
                 answers[i] = text.split("\n")[0].strip()
-                if end == len(tokens) and tokens[-1] not in stops:
-                    answers[i] += " [cut off]"      # "Paris. The" is not yet "Paris."
-            bar.update(len(rows))
+                if not ends:
+                    answers[i] += " [cut off]"      # "Paris. The" must not count as "Paris."
     finally:
-        model.generation_config = own
+        model.generation_config = own_settings
         model.train(training)
-        bar.close()
     return answers
 
 
-def tokens_needed(tokenizer, accepted):
-    """How many tokens an answer may take: list of int. accepted: lists of str, a question each."""
-    needed = []
-    for answers in accepted:
-        lengths = [len(tokenizer(f" {answer}")["input_ids"]) for answer in answers]
-        needed.append(max(lengths, default=0) + 2)
-    return needed
-
-
 def evaluate(model, tokenizer, rows, batch_size=64):
-    """Score `model` on `rows` by greedy decoding and exact match.
+    """Score a model on rows by greedy decoding and exact match.
 
-    rows: dicts with `prompt` and `answers` (a text or a list) or else `completion`. Returns
-    {"accuracy": 0..1, None without rows, "answers": list of str, "right": list of bool,
-    "accepted": lists of str, a row each}. The model answers in eval mode, in whatever precision
-    the caller's autocast sets. Raises ValueError for rows without prompt or answer, and where
-    these are no texts.
+    rows: dicts with `prompt`, and `answers` (str or list of str) or else `completion`
+    Return {"accuracy": 0 to 1, or None without rows; "answers": list of str; "right": list of
+    bool}. The model runs in eval mode and in the caller's autocast context. Raise ValueError if a
+    row has no prompt or no answer.
     """
     for row in rows:
         check_row(row, ["prompt"])
     special = special_tokens(tokenizer)
     accepted = [accepted_answers(row, special) for row in rows]
-    needed = tokens_needed(tokenizer, accepted)
+    needed = []
+    for texts in accepted:
+        needed.append(2 + max(len(tokenizer(f" {text}")["input_ids"]) for text in texts))
     answers = generate_answers(model, tokenizer, [r["prompt"] for r in rows], needed, batch_size)
     right = [exact_match(*pair) for pair in zip(answers, accepted)]
     accuracy = sum(right) / len(right) if rows else None
-    return {"accuracy": accuracy, "answers": answers, "right": right, "accepted": accepted}
+    return {"accuracy": accuracy, "answers": answers, "right": right}
 
 
-# ------------------------------------------------------------------------------------- a model
+# ------------------------------------------------------------------------------------- models
 
 def find_device(device):
-    """The torch.device of the flag --device; auto: the first accelerator, or else the CPU."""
+    """Return the device name for a --device flag; auto: the first accelerator, or the CPU."""
     import torch
     if device == "auto":
         device = "cpu"
         if torch.accelerator.is_available():
             device = torch.accelerator.current_accelerator().type
-    try:
-        return torch.zeros(1, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {device}: {str(error).splitlines()[0]}")
+    return device
 
 
 def load_model(name, device="cpu"):
-    """(model, tokenizer) of a causal language model: hub name or folder, fp32, eval mode.
+    """Load a causal language model and its tokenizer, in fp32 and eval mode; return both.
 
-    Ends the program with one line if there is no such model, or if it cannot be trained and
-    measured here (see `find_fault`)."""
+    name: a hub name or a local folder. Exit with one line if there is no such model, or if
+    `check_model` finds that it cannot be trained or measured correctly.
+    """
     import torch
     import transformers
-    logging.getLogger("huggingface_hub").setLevel("ERROR")      # it reports each of its attempts
+    logging.getLogger("huggingface_hub").setLevel("ERROR")      # it would log every retry
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    device = find_device(device)
-    part = "its weights"
     try:
-        # False: a model's own code is not run, nor is the user asked whether to.
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        # trust_remote_code=False: never run a model's own code, nor ask for permission to.
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
-        part = "its tokenizer"
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = model.to(device).eval()
-        part = "its forward pass"
-        fault = find_fault(model, tokenizer, report["missing_keys"])
+        model = model.to(find_device(device)).eval()
+        check_model(model, report["missing_keys"])
     except torch.OutOfMemoryError:
-        raise                   # no fault of the model's
-    except Exception as error:  # the library raises many kinds: no file, bad config, no network
-        fault = f"{part}: {(str(error).strip() or repr(error)).splitlines()[0]}"
-    if fault:
-        fail(f"--model {name}: cannot be used ({fault}); give a local folder with config.json, "
-             "model.safetensors and tokenizer, or the name of a model on the hub, with a network, "
-             "and with HF_TOKEN set if it is gated")
-    if type(model.config) is not type(config) or report["unexpected_keys"]:
-        note(f"{name}: what is not part of its language model is neither used nor saved")
+        raise
+    except Exception as error:          # transformers raises many types
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        fail(f"model {name}: cannot be used on device {device} ({reason}); pass a local folder "
+             "with config.json, model.safetensors and a tokenizer, or the name of a model on the "
+             "hub, which needs a network, and HF_TOKEN if access is restricted")
+    if report["unexpected_keys"]:
+        note(f"{name}: weights that are not part of its language model are not used or saved")
     if not model.generation_config.do_sample:
-        # Settings of sampling, which some checkpoints have beside, could not be saved again.
+        # transformers refuses to save sampling settings together with greedy decoding.
         for setting in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
             setattr(model.generation_config, setting, None)
     return model, tokenizer
 
 
-def find_fault(model, tokenizer, missing):
-    """What makes a model unusable here (str, None if nothing). missing: keys without weights."""
+def check_model(model, missing):
+    """Raise ValueError if weights are missing or not finite, or if the model is not causal.
+
+    missing: names of the weights that the checkpoint lacks
+    """
     import torch
-    size = model.get_input_embeddings().weight.shape[0]
     if missing:
-        return f"weights are missing: {min(missing)}"
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        return "its tokenizer: there is none"
-    if len(tokenizer) > size:
-        return f"its tokenizer has {len(tokenizer)} tokens, the model {size}"
-    before = torch.stack([weights.sum() for weights in model.parameters()])
+        raise ValueError(f"weights are missing: {min(missing)}")
+    for name, weights in model.named_parameters():
+        if not weights.isfinite().all():
+            raise ValueError(f"weights are not finite: {name}")
     with torch.no_grad():
         ids = torch.tensor([[1, 2], [1, 3]], device=model.device)
         one, other = model(input_ids=ids, use_cache=False).logits[:, 0]
-        after = torch.stack([weights.sum() for weights in model.parameters()])
-    if not alike(one, other):
-        return "it is not causal: it looks ahead"
-    if not torch.equal(before, after):
-        return "it changes its weights when it runs, as RWKV does: others would be saved"
-    return None
+    if not logits_close(one, other):
+        raise ValueError("not causal: a later token changes an earlier prediction")
 
 
-# ------------------------------------------------------------- what the sft_*.py scripts call
+# ------------------------------------------------------------------- for the sft_*.py scripts
 
 def weights_hash(model):
-    """Hash of a model's parameters, whatever folder or hub they came from (str)."""
+    """Return a hash of a model's weights (str), whatever folder or hub they came from."""
     sha = hashlib.sha256()
     for name, weights in sorted(model.state_dict().items()):
         sha.update(name.encode())
@@ -468,14 +403,15 @@ def weights_hash(model):
 
 
 def file_hash(path):
-    """Hash of the bytes of a file (str)."""
+    """Return a hash of a file's bytes (str)."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def run_of(model):
-    """What run.json says of the run that `model` is, or is the before/ or epoch-N/ of.
+    """Load run.json of the run that produced this checkpoint; {} if there is none.
 
-    model: a path, or a name on the hub. A dict, empty if it is of no finished run."""
+    model: a hub name, or the path of a finished run or of its before/ or epoch-N/
+    """
     folder = Path(model)
     if re.fullmatch(r"before|epoch-\d+", folder.name):
         folder = folder.parent
@@ -485,175 +421,119 @@ def run_of(model):
 
 
 def check_run(model, name, files, sets, run):
-    """Refuse data with which a run would measure something other than it says.
+    """Reject inputs that would invalidate the measurement; return more entries for run.json.
 
-    model: what training starts from, of the path or hub name `name`; files: {set: path or None};
-    sets: {set: list of examples}; run: {"method", "config"}, as in the sft_*.py scripts. Refused
-    are fact folders made for other weights, rows whose answers, subject or relation are no text,
-    held-out facts that are trained on, and --resume of a run that began otherwise. Returns what
-    run.json says of model, data and libraries.
+    model, name: the model that training starts from, and its path or hub name
+    files: {set: path or None}; sets: {set: list of examples}; run: {"method", "config"}
+    Reject a fact folder labelled with other weights, rows whose answers, subject or relation are
+    not strings, held-out facts that are trained on, and --resume with other settings.
     """
     import torch
     import transformers
     out = Path(run["config"]["out"])
     weights = weights_hash(model)
-    start = name
-    if Path(name).exists():         # no name on the hub, and seen from wherever the run is read
-        start = os.path.relpath(Path(name).resolve(), out.resolve())
-    new = [] if run["config"]["no_unknown"] else sets["unknown"]
-    more = {"weights": weights, "start": start, "number": len(new),
+    start = str(Path(name).resolve()) if Path(name).exists() else name
+    new = [] if run["config"]["known_only"] else sets["new"]
+    more = {"weights": weights, "start": start, "n_new": len(new),
             "width": model.config.get_text_config().hidden_size, "data": {},
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
-    for folder in {Path(path).parent for path in files.values() if path is not None}:
-        check_weights(folder, weights, name)
     trained = set()
-    for key, path in files.items():         # unknown, known and then heldout
+    for key, path in files.items():         # new, known, then heldout
+        check_ids(model, [example["input_ids"] for example in sets[key]])
         if path is not None:
+            check_weights(Path(path).parent, weights, name)
             for row in read_jsonl(path, ["prompt", "completion"]):
                 same = {row["prompt"], normalize(row.get("subject") or "")} - {""}
                 if key == "heldout" and same & trained:
-                    fail(f"{path}: {min(same & trained)[:60]!r} is held out and trained on; take "
-                         "it out of one of the files")
+                    fail(f"{path}: {min(same & trained)[:60]!r} is both held out and trained on; "
+                         "remove it from one of the files")
                 if key != "heldout":
                     trained |= same
             more["data"][key] = file_hash(path)
-    begun = out / "run.json"        # of a finished run
-    if not begun.exists() and (out / "state.pt").exists():      # without state.pt it begins anew
-        begun = out / "unfinished.json"
-    if run["config"]["resume"] and begun.exists():
-        check_resumed(begun, run | more)
+    for started in (out / "run.json", out / "unfinished.json"):
+        if run["config"]["resume"] and started.exists():
+            check_resumed(started, run | more)
     return more
 
 
 def check_resumed(path, run):
-    """Refuse to go on with a run as `run` (dict) that began as the file `path` says."""
-    new = must_match(run)
-    old = must_match(read_jsonl(path, ["method", "config"])[0])
+    """Reject --resume if the settings in `run` (dict) differ from those stored in `path`."""
+    new = fixed_settings(run)
+    old = fixed_settings(read_jsonl(path, ["method", "config"])[0])
     changed = [key for key in sorted(new.keys() | old.keys()) if new.get(key) != old.get(key)]
     if changed:
         values = [f"{key} was {old.get(key)}, is {new.get(key)}" for key in changed]
-        fail(f"--resume: not as in {path}: {'; '.join(values)}; --overwrite starts anew")
+        fail(f"--resume: the settings differ from {path}: {'; '.join(values)}; use another --out")
 
 
-def must_match(run):
-    """What a resumed run must have in common with its beginning, of the dict of run.json."""
+def fixed_settings(run):
+    """Return the settings of a run (dict from run.json) that --resume must not change."""
     same = {key: run.get(key) for key in ("method", "weights", "data")} | run["config"]
-    same["rows a step"] = same["batch_size"] * same["accumulate"]
+    same["rows per step"] = same["batch_size"] * same["gradient_accumulation_steps"]
     for name in MAY_CHANGE:
         same.pop(name, None)
     return same
 
 
 def check_weights(folder, weights, name):
-    """Refuse the fact folder `folder`, if it is one, made for other than these weights (hash)."""
-    if not (folder / "labelled.jsonl").is_file():
-        return
-    labelled = json.loads((folder / "meta.json").read_text("utf-8")).get("weights")
-    if labelled == weights:
-        return
-    if labelled and run_of(name).get("weights") == labelled:
-        print(f"note: {folder} says what the model knew from which {name} was trained")
-        return
-    fail(f"--model {name}: {folder} was made for other weights; make a fact folder for these, with "
-         "make_facts.py --model, and name it with --facts")
+    """Reject a fact folder labelled with other weights than `weights` (hash of the model `name`).
+
+    Accept one labelled with the base model of the run that produced `name`.
+    """
+    if (folder / "labels.json").exists():
+        labelled = read_jsonl(folder / "labels.json", ["weights"])[0]["weights"]
+        if labelled not in (weights, run_of(name).get("weights")):
+            fail(f"--model {name}: {folder} was labelled with other weights; make a fact folder "
+                 "for this model with make_facts.py --model, and pass it as --facts")
 
 
 def evaluate_sets(model, tokenizer, sets, batch_size, metrics):
-    """{set: result of `evaluate`} of the sets that have rows; their accuracies go into `metrics`.
+    """Evaluate the sets that have rows; add their accuracies to `metrics` (dict).
 
-    sets: {set: list of {"row": dict, …}}, as in the sft_*.py scripts; metrics: a dict."""
+    sets: {set: list of examples with a "row"}. Return {set: result of `evaluate`}.
+    """
     results = {}
     for name, examples in sets.items():
         if examples:
             rows = [example["row"] for example in examples]
             results[name] = evaluate(model, tokenizer, rows, batch_size)
-            metrics[name] = results[name]["accuracy"]
+            metrics["kept" if name == "heldout" else name] = results[name]["accuracy"]
     return results
 
 
-def name_words(row):
-    """The words of a fact's subject as they are compared (set of str, empty without one)."""
-    return set(normalize(row.get("subject") or "").split())
+def add_answers(rows, when, result):
+    """Add the answers in `result`, from `evaluate`, to rows as `when` and right_`when`."""
+    for row, answer, right in zip(rows, result["answers"], result["right"]):
+        row.update({when: answer, f"right_{when}": right})
 
 
-def write_answers(folder, sets, before, after):
-    """Write answers.jsonl into a run's folder: the held-out facts with their answers, and more.
+def write_answers(folder, heldout, before, after):
+    """Write answers.jsonl: the held-out rows with the answers before and after stage 2.
 
-    words shared: how many words of the subject are in that of any new fact; "code" for codes,
-    which are one word each. If it was right before and is wrong after, origin: the first of
-    ORIGINS that holds of the new answer in its relation (with --no-unknown, of new facts that
-    were not taught); chance: {origin: share} of the answers of the relation's facts, those that
-    are right here left out. sets: {set: list of {"row": dict, …}}; before, after: of
-    `evaluate_sets`.
+    heldout: list of examples with a "row"; before, after: from `evaluate_sets`
     """
-    new_words = set()
-    taught = defaultdict(set)       # (relation, answer) of new facts: words of their subjects
-    stated = set()                  # (relation, answer) of all facts
-    drawn = defaultdict(Counter)    # relation: the first answers of its facts
-    for key, examples in sets.items():
-        for i, example in enumerate(examples):
-            row = example["row"]
-            relation = row.get("relation")
-            answers = [normalize(answer) for answer in before[key]["accepted"][i]]
-            drawn[relation].update(answers[:1])
-            for answer in answers:
-                stated.add((relation, answer))
-                if key == "unknown":
-                    taught[relation, answer] |= name_words(row)
-            if key == "unknown":
-                new_words |= name_words(row)
-
-    def origin(relation, words, answer):
-        place = (relation, answer)
-        if place in taught:
-            return ORIGINS[0] if words & taught[place] else ORIGINS[1]
-        return ORIGINS[2] if place in stated else ORIGINS[3]
-
-    rows = []
-    for i, example in enumerate(sets["heldout"]):
-        row = example["row"] | {"words shared": None, "origin": None, "chance": None}
-        relation = row.get("relation")
-        words = name_words(row)
-        for when, results in (("before", before), ("after", after)):
-            row[when] = results["heldout"]["answers"][i]
-            row[f"right_{when}"] = results["heldout"]["right"][i]
-        if row.get("kind") == "code":
-            row["words shared"] = "code"
-        elif words and new_words:
-            row["words shared"] = str(len(words & new_words))
-        if row["right_before"] and not row["right_after"]:
-            row["origin"] = origin(relation, words, normalize(row["after"]))
-            others = drawn[relation].copy()
-            for answer in before["heldout"]["accepted"][i]:
-                others.pop(normalize(answer), None)
-            total = others.total()
-            row["chance"] = Counter()
-            for answer, n in others.items():
-                row["chance"][origin(relation, words, answer)] += n / total
-        rows.append(row)
+    rows = [dict(example["row"]) for example in heldout]
     if rows:
+        add_answers(rows, "before", before["heldout"])
+        add_answers(rows, "after", after["heldout"])
         write_jsonl(Path(folder) / "answers.jsonl", rows)
 
 
 # ----------------------------------------------------------------------------------- statistics
 
 def wilson(right, n, z=1.959964):
-    """Wilson (1927) 95 % interval of a share, (low, high) in 0..1; (0, 1) when n = 0."""
-    if n == 0:
-        return 0.0, 1.0
-    share = right / n
-    scale = 1 + z * z / n
-    centre = (share + z * z / (2 * n)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    """Return the 95 % interval (low, high) of the proportion right / n (Wilson 1927)."""
+    half = z * math.sqrt(right * (n - right) / n + z * z / 4)
+    low = (right + z * z / 2 - half) / (n + z * z)
+    high = (right + z * z / 2 + half) / (n + z * z)
+    return max(0.0, low), min(1.0, high)
 
 
 def mcnemar(first, second):
-    """Exact two-sided McNemar test on paired lists of bool: (b, c, p).
+    """Run the exact two-sided McNemar test on paired lists of bool; return (b, c, p).
 
-    b: right only in `first`; c: right only in `second`; p: the binomial probability, at one half,
-    of a split of the b + c discordant pairs at least as uneven; 1e-300 where it is less, which a
-    float does not hold.
+    b: pairs that are right only in `first`; c: only in `second`
+    p: two-sided p-value, at least 1e-300 (never 0)
     """
     pairs = Counter(zip(first, second, strict=True))
     b, c = pairs[True, False], pairs[False, True]
@@ -661,333 +541,165 @@ def mcnemar(first, second):
     return b, c, max(1e-300, min(1.0, 2 * tail / 2 ** (b + c)))
 
 
-def mean_by(rows, key, value):
-    """{group: mean of row[value], in %} by row[key]; rows that lack one of them are left out."""
-    groups = defaultdict(list)
-    for row in rows:
-        if row.get(key) is not None and row.get(value) is not None:
-            groups[row[key]].append(row[value])
-    return {group: 100 * float(np.mean(values)) for group, values in sorted(groups.items())}
-
-
-# ------------------------------------------------------------------------------ runs and tables
+# ------------------------------------------------------------------------------ comparing runs
 
 def read_run(folder):
-    """A run of an sft_*.py script: dict of what is in its run.json, and of the following.
+    """Load a finished run: run.json, plus the entries below. Return a dict.
 
-    name: that of the folder. group: the name without the seed. metrics: the rows of stage 2.
-    facts: those held out, the rows of answers.jsonl, with lost: 1 if right before and wrong
-    after, −1 if the reverse, else 0.
+    name: the folder; group: the folder without -SEED; metrics: the rows of stage 2
+    facts: the rows of answers.jsonl
     """
     folder = Path(folder)
     run = read_jsonl(folder / "run.json", ["method", "config"])[0]
     run["name"] = str(folder)
-    run["group"] = run["name"].removesuffix(f"-{run['config'].get('seed')}")
+    run["group"] = run["name"].removesuffix(f"-{run['config']['seed']}")
     metrics = read_jsonl(folder / "metrics.jsonl", ["stage", "epoch"])
     run["metrics"] = [row for row in metrics if row["stage"] == 2]
     run["facts"] = []
-    if (folder / "answers.jsonl").exists():     # not if there was nothing to measure
-        needed = ["before", "after", "right_before", "right_after"]
-        run["facts"] = read_jsonl(folder / "answers.jsonl", needed)
-    for fact in run["facts"]:
-        fact["lost"] = fact["right_before"] - fact["right_after"]
-        fact.setdefault("origin", None)         # a run of earlier code does not know it
+    if (folder / "answers.jsonl").exists():     # absent without held-out facts
+        run["facts"] = read_jsonl(folder / "answers.jsonl", ["right_before", "right_after"])
     return run
 
 
-def compare(runs):
-    """What is tabulated of runs (of `read_run`): a list of dicts, one a run.
-
-    accuracy: {what: 0..1}; interval: Wilson's of held-out accuracy after; forgetting: {of what:
-    points}, over all held-out facts; as the paper has it, in % of the highest accuracy measured
-    in stage 2; by group of facts; and at the first measured epoch with so many of the new facts
-    learnt (methods that learn at different speed compare fairly at equal learning); origins: {of
-    new wrong answers: %}, by chance too; mcnemar: the paired test against the first of the runs
-    with the same held-out facts.
-    """
-    table = []
-    first = {}          # hash of held-out rows: the first of the runs that was scored on them
+def check_groups(runs):
+    """Reject runs of one group that differ in more than the seed, its data, and MAY_CHANGE."""
     settings = {}
     for run in runs:
-        same = must_match(run) | {"seed": None, "weights": None, "data": None,
-                                  "width": run.get("width"), "number": run.get("number")}
+        same = fixed_settings(run) | {"seed": None, "weights": None, "data": None,
+                                      "width": run.get("width"), "n_new": run.get("n_new")}
         if settings.setdefault(run["group"], same) != same:
-            fail(f"{run['name']}: its settings are not those of the other {run['group']}-SEED; "
-                 "runs of which a mean is taken differ in the seed alone: rename it")
-        facts = run["facts"]
+            fail(f"{run['name']}: its settings differ from those of another {run['group']}-SEED; "
+                 "rename one of them: runs whose names differ only in the seed are averaged")
+
+
+def compare(runs):
+    """Compute what is reported about runs (from `read_run`): a list of dicts, one per run.
+
+    accuracy: {name: 0 to 1}; interval: the 95 % interval of held-out accuracy after stage 2
+    forgetting: percentage points, over all held-out facts, and by relation and kind; also in
+    percent of the peak accuracy, as in Kaplan et al. 2026
+    mcnemar: paired test against the first of the runs with the same held-out facts
+    """
+    table = []
+    first = {}          # hash of the held-out rows: the first run that was scored on them
+    for run in runs:
+        facts = pd.DataFrame(run["facts"])
         metrics = run["metrics"]
-        accuracy = {"Unknown learnt": metrics[-1].get("unknown"),
-                    "Known trained": metrics[-1].get("known")}
+        accuracy = {"new": metrics[-1].get("new"), "known": metrics[-1].get("known")}
         forgetting = {}
-        origins = {}
         row = {"run": run["name"], "group": run["group"], "n": len(facts), "accuracy": accuracy,
-               "forgetting": forgetting, "origins": origins}
+               "forgetting": forgetting}
         table.append(row)
-        if not facts:
+        if facts.empty:
             continue
-        after = [fact["right_after"] for fact in facts]
-        accuracy["held out before"] = np.mean([fact["right_before"] for fact in facts])
-        accuracy["held out after"] = np.mean(after)
-        row["interval"] = wilson(sum(after), len(after))
-        forgetting["all"] = 100 * np.mean([fact["lost"] for fact in facts])
-        measured = [m for m in metrics if "heldout" in m]
-        peak = max(m["heldout"] for m in measured)
+        right = list(facts["right_after"])
+        accuracy["held out before"] = facts["right_before"].mean()
+        accuracy["held out after"] = facts["right_after"].mean()
+        row["interval"] = wilson(sum(right), len(right))
+        facts["lost"] = 100.0 * facts["right_before"] - 100.0 * facts["right_after"]
+        forgetting["all"] = facts["lost"].mean()
+        measured = [m for m in metrics if "kept" in m]
+        peak = max(m["kept"] for m in measured)
         if peak > 0:
-            forgetting["all, % of the peak"] = 100 * (1 - accuracy["held out after"] / peak)
-        for key in ("relation", "kind", "words shared"):
-            for group, points in mean_by(facts, key, "lost").items():
-                forgetting[f"{key} {group}"] = points
-        for share in LEARNT:
-            reached = [m for m in measured if m.get("unknown", 0) >= share]
-            if reached and len(measured) > 2:       # else when it was reached is not known
-                lost = metrics[0]["heldout"] - reached[0]["heldout"]
-                forgetting[f"at {share:.0%} learnt"] = 100 * lost
-        wrong = [fact for fact in facts if fact["origin"]]
-        if wrong:
-            for origin in ORIGINS:
-                chances = [fact["chance"].get(origin, 0) for fact in wrong]
-                origins[origin] = 100 * np.mean([fact["origin"] == origin for fact in wrong])
-                origins[f"{origin}: by chance"] = 100 * np.mean(chances)
-        name, right = first.setdefault(run.get("data", {}).get("heldout"), (run["name"], after))
-        if right is not after:          # that is, unless this run is itself the first
-            row["mcnemar"] = [name, *mcnemar(right, after)]
+            forgetting["all, in % of the peak"] = 100 * (1 - accuracy["held out after"] / peak)
+        for key in ("relation", "kind"):
+            if key in facts:
+                for name, points in facts.groupby(key)["lost"].mean().items():
+                    forgetting[f"{key} {name}"] = points
+        other, other_right = first.setdefault(run.get("data", {}).get("heldout"),
+                                              (run["name"], right))
+        if other_right is not right:
+            row["mcnemar"] = [other, *mcnemar(other_right, right)]
     return table
 
 
-def join(groups, found):
-    """{group: {x: [values of its runs]}} of parallel lists: groups (str) and {x: value} of runs."""
-    lines = {}
-    for group, values in zip(groups, found):
-        line = lines.setdefault(group, {})
-        for x, value in values.items():
-            if value is not None:
-                line.setdefault(x, []).append(value)
-    return lines
+def print_table(title, names, values, form):
+    """Print a table with one row per name; equal names share a row, with mean ± sd.
+
+    values: one {column: number or None} per name; form: format specification of the numbers
+    """
+    def cell(column):
+        numbers = column.dropna()
+        if numbers.empty:
+            return "–"
+        text = f"{numbers.mean():{form}}"
+        if len(numbers) > 1:
+            text += f" ± {numbers.std():{form}}"
+        return text
+
+    frame = pd.DataFrame(values, index=names)
+    if not frame.empty:
+        frame = frame.groupby(level=0, sort=False).agg(cell)
+        if len(frame.columns) > 6:
+            frame = frame.T
+        print(f"\n{frame.rename_axis(title, axis=1).to_string()}")
 
 
-def print_table(title, lines, form):
-    """Print what `join` returned: a group a row, an x a column, or the reverse if that is wide.
-
-    form: a format specification of numbers; mean ± standard deviation where there are several."""
-    table = [[title, *lines]]
-    columns = list(dict.fromkeys(itertools.chain(*lines.values())))
-    if all(isinstance(x, int) for x in columns):
-        columns.sort()
-    for x in columns:
-        column = [str(x)]
-        for line in lines.values():
-            values = line.get(x, [])
-            cell = f"{np.mean(values):{form}}" if values else "–"
-            if len(values) > 1:
-                cell += f" ± {np.std(values, ddof=1):{form}}"
-            column.append(cell)
-        table.append(column)
-    if len(table) == 1:
-        return
-    if sum(len(str(x)) for x in columns) < 80:
-        table = list(zip(*table))       # it fits in lines: a group each
-    widths = [max(map(len, column)) for column in zip(*table)]
-    print()
-    for first, *cells in table:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
-        print("  ".join([first.ljust(widths[0]), *padded]))
-
-
-def show(table, runs, examples):
-    """Print the table of `compare`, and so many examples of hallucinations of each run."""
+def show(table, runs, n_examples):
+    """Print the table of `compare`, and at most `n_examples` facts that each run lost."""
     names = [row["run"] for row in table]
     groups = [row["group"] for row in table]
     accuracies = [row["accuracy"] for row in table]
-    print_table("accuracy", join(names, accuracies), ".3f")
+    print_table("accuracy", names, accuracies, ".3f")
     for row in table:
         if row["n"]:
             low, high = row["interval"]
-            print(f"{row['run']}: forgets {row['forgetting']['all']:.1f} points of {row['n']} "
-                  f"held-out facts (95 % interval of accuracy after: {low:.3f}–{high:.3f})")
+            print(f"{row['run']}: forgets {row['forgetting']['all']:.1f} percentage points of "
+                  f"{row['n']} held-out facts (95 % interval of held out after: "
+                  f"{low:.3f}–{high:.3f})")
         if "mcnemar" in row:
             other, b, c, p = row["mcnemar"]
-            print(f"  right in {other} alone {b}, here alone {c} (McNemar p = {p:.1g})")
+            print(f"  right only in {other}: {b}, right only here: {c} (McNemar p = {p:.1g})")
     if len(set(groups)) < len(groups):
-        print_table("accuracy, over seeds", join(groups, accuracies), ".3f")
-    print_table("forgetting, points", join(groups, [row["forgetting"] for row in table]), ".1f")
-    print_table("new wrong answers are those of, %",
-                join(groups, [row["origins"] for row in table]), ".1f")
+        print_table("accuracy, over seeds", groups, accuracies, ".3f")
+    print_table("forgetting, points", groups, [row["forgetting"] for row in table], ".1f")
     for run in runs:
-        wrong = [fact for fact in run["facts"] if fact["origin"]]
-        for fact in wrong[:examples]:
-            print(f"\n{run['name']}, {fact['origin']}\n"
-                  f"{fact['prompt']} {fact['before']} → {fact['after']}")
+        print_examples(run, True, n_examples)
 
 
-# ---------------------------------------------------------------------- what changed, fact by fact
+def print_examples(run, was_right, n_examples):
+    """Print at most `n_examples` facts that a run lost (`was_right`) or gained."""
+    changed = []
+    for fact in run["facts"]:
+        if fact["right_before"] == was_right and fact["right_after"] != was_right:
+            changed.append(fact)
+    for fact in changed[:n_examples]:
+        print(f"\n{run['name']} {'lost' if was_right else 'gained'}:\n"
+              f"{fact['prompt']} {fact['before']} → {fact['after']}")
+
+
+# -------------------------------------------------------------------- what changed, fact by fact
 
 def ask_again(run, path, batch_size, device):
-    """The questions of a JSONL file put to a run's models: facts as those of `read_run`.
-
-    A row without answer or completion is right after stage 2 if it is answered as before, in
-    64 tokens at least."""
-    facts = read_jsonl(path)
-    if not facts or not all(fact.get("prompt") for fact in facts):
-        fail(f"{path}: wanted: one object with a prompt a line, with or without answers")
-    prompts = [fact["prompt"] for fact in facts]
+    """Ask both models of a run the questions of a JSONL file; return facts as in `read_run`."""
+    facts = read_jsonl(path, ["prompt"])
     for when, folder in (("before", f"{run['name']}/before"), ("after", run["name"])):
         model, tokenizer = load_model(folder, device)
-        special = special_tokens(tokenizer)
-        accepted = [accepted_answers(fact, special) for fact in facts]
-        unlabelled = accepted.count([])
-        needed = []
-        for length, right in zip(tokens_needed(tokenizer, accepted), accepted):
-            needed.append(max(16, length) if right else 64)
-        answers = generate_answers(model, tokenizer, prompts, needed, batch_size)
-        for fact, answer, right in zip(facts, answers, accepted):
-            fact[when] = answer
-            fact[f"right_{when}"] = exact_match(answer, right or [fact["before"]])
-    if unlabelled:
-        note(f"{path}: {unlabelled} rows have no answers: what they were answered before is right")
+        add_answers(facts, when, evaluate(model, tokenizer, facts, batch_size))
     return facts
 
 
 def flips(facts):
-    """{group: [n, right → wrong, wrong → right, McNemar's p]} of all facts and of each relation."""
-    groups = {"all": facts}
-    for fact in facts:
-        if fact.get("relation"):
-            groups.setdefault(f"relation {fact['relation']}", []).append(fact)
+    """Count lost and gained facts, in total and by relation; return a DataFrame."""
+    frame = pd.DataFrame(facts)
+    frame = pd.concat([frame.assign(relation="(all)"), frame])
     table = {}
-    for group, members in groups.items():
-        before = [fact["right_before"] for fact in members]
-        after = [fact["right_after"] for fact in members]
-        table[group] = [len(members), *mcnemar(before, after)]
-    return table
+    for name, part in frame.groupby("relation", sort=False):
+        lost, gained, p = mcnemar(part["right_before"], part["right_after"])
+        table[name] = [len(part), lost, gained, p]
+    columns = ["n", "right → wrong", "wrong → right", "McNemar p"]
+    return pd.DataFrame.from_dict(table, orient="index", columns=columns)
 
 
-def show_flips(run, table, examples):
-    """Print the table of `flips`, and so many examples of each direction."""
-    print(f"{run['name']:<32}{'n':>8}{'right → wrong':>16}{'wrong → right':>16}{'McNemar p':>12}")
-    for group, (n, lost, gained, p) in table.items():
-        print(f"{group:<32}{n:8}{lost:16}{gained:16}{p:12.1g}")
-    for title, was_right in (("right → wrong", True), ("wrong → right", False)):
-        changed = []
-        for fact in run["facts"]:
-            if fact["right_before"] == was_right != fact["right_after"]:
-                changed.append(fact)
-        for fact in changed[:examples]:
-            print(f"\n{title}\n{fact['prompt']} {fact['before']} → {fact['after']}")
-
-
-# ------------------------------------------------------------------------------------- pictures
-
-def new_figure(width, height):
-    """An empty matplotlib Figure, sizes in inches. Ends the program if there is no matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        fail("--plot needs matplotlib: pip install matplotlib")
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def save_figure(figure, path):
-    """Write a Figure as a PNG, all or nothing."""
-    temporary = Path(f"{path}.tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    temporary.replace(path)
-
-
-def draw(panels):
-    """A Figure of panels side by side: {(x title, y title): {group: {x: [values of its runs]}}}.
-
-    A thick line is the mean of a group's runs, with its last value, a thin one a run."""
-    figure = new_figure(1 + 3.5 * len(panels), 3.8)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (titles, lines) in zip(axes, panels.items()):
-        axis.set(xlabel=titles[0], ylabel=titles[1])
-        axis.margins(x=0.15)
-        ends = sorted(np.mean(line[max(line)]) for line in lines.values() if line)
-        for group, line in lines.items():
-            xs = sorted(line)
-            if not xs:
-                continue        # nothing of the kind was measured
-            means = [np.mean(line[x]) for x in xs]
-            place = ("top", "bottom")[ends.index(means[-1]) % 2]    # so that neighbours differ
-            mean, = axis.plot(xs, means, marker=".", linewidth=2.5, label=group)
-            color = mean.get_color()
-            axis.annotate(f" {means[-1]:.1f}", (xs[-1], means[-1]), color=color, va=place)
-            if len({len(line[x]) for x in xs}) > 1:
-                continue        # some runs lack an x: which values are one run's is not known
-            for values in zip(*[line[x] for x in xs]):      # of a run
-                axis.plot(xs, values, color=color, linewidth=0.6)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center",
-                  ncols=len(panels))
-    return figure
-
-
-def by_epoch(runs):
-    """Accuracy, in %, on new and on held-out facts of runs (of `read_run`): panels of `draw`."""
-    panels = {}
-    groups = [run["group"] for run in runs]
-    for key, title in (("unknown", "new facts learnt, %"), ("heldout", "known facts, held out, %")):
-        found = [mean_by(run["metrics"], "epoch", key) for run in runs]
-        panels["epoch of stage 2", title] = join(groups, found)
-    return panels
-
-
-# ---------------------------------------------------------------------------------- the program
-
-def interpolate(model, before, after, share):
-    """Give `model` the weights θ_before + share · (θ_after − θ_before): WiSE-FT, arXiv:2109.01903.
-
-    before, after: {name: weights}, of models of one architecture; share: α, 0 to 1."""
-    import torch
-    with torch.no_grad():
-        for name, weight in model.state_dict().items():
-            if weight.is_floating_point():
-                weight.copy_(torch.lerp(before[name], after[name], share))
-
-
-def read_sets(folder, model):
-    """Rows of the three sets of a fact folder: {"unknown", "known", "heldout": list of dicts}.
-
-    If `model` is of a run (see `run_of`), a note says if that had other rows."""
-    used = run_of(model).get("data", {})
-    sets = {}
-    for key, file in SETS.items():
-        path = Path(folder) / file
-        sets[key] = read_jsonl(path, ["prompt", "completion"])
-        if key in used and used[key] != file_hash(path):
-            note(f"{path}: not the rows that {model} was trained and measured with")
-    return sets
-
-
-def score(args):
-    """Print the accuracies, in fp32, of --model on the three sets of --facts, a set a line.
-
-    With --interpolate, of each mixture of the model before stage 2 with it; a single one is saved
-    as --out, an ordinary checkpoint. That costs memory for three models."""
-    sets = read_sets(args.facts, args.model)
-    model, tokenizer = load_model(args.model, args.device)
-    if args.interpolate:
-        before = load_model(f"{args.model}/before", args.device)[0].state_dict()
-        after = copy.deepcopy(model.state_dict())
-    for share in args.interpolate or [None]:
-        line = {}
-        if share is not None:
-            interpolate(model, before, after, share)
-            line["interpolate"] = share
-        for key, rows in sets.items():
-            result = evaluate(model, tokenizer, rows, args.batch_size)
-            line |= {"set": key, "accuracy": result["accuracy"], "n": len(rows),
-                     "interval": wilson(sum(result["right"]), len(rows))}
-            print(json.dumps(line), flush=True)
-    if args.out:
-        temporary = Path(f"{args.out}.tmp")
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        temporary.replace(args.out)
-        print(f"saved {args.out}")
+def show_flips(run, n_examples):
+    """Print the flips of a run, and at most `n_examples` facts that it lost, and gained."""
+    print(f"\n{flips(run['facts']).rename_axis(run['name'], axis=1).to_string()}")
+    print_examples(run, True, n_examples)
+    print_examples(run, False, n_examples)
 
 
 def ask(runs, question, device):
-    """Print the answer of each run's model to one question (str), before stage 2 and after."""
+    """Print the answers of each run's model to one question (str), before and after stage 2."""
     for run in runs:
         for path in (f"{run['name']}/before", run["name"]):
             model, tokenizer = load_model(path, device)
@@ -995,92 +707,123 @@ def ask(runs, question, device):
             print(f"{path}  {answer}")
 
 
-def what_changed(runs, args):
-    """Print the flips of each run: of its held-out facts, or of the questions of --heldout."""
-    tables = {}
-    for run in runs:
-        if args.heldout:
-            run["facts"] = ask_again(run, args.heldout, args.batch_size, args.device)
-        tables[run["name"]] = flips(run["facts"])
-    if args.json:
-        print(json.dumps(tables, indent=1))
-        return
-    for run in runs:
-        show_flips(run, tables[run["name"]], args.show)
+# --------------------------------------------------------------------------------------- plots
+
+def draw_lines(axis, frame, x, y):
+    """Draw column y over column x: a thin line per run, and a thick one for the mean of a group.
+
+    frame: DataFrame with columns group, run, x and y
+    """
+    for i, (group, lines) in enumerate(frame.groupby("group", sort=False)):
+        lines = lines.dropna(subset=[x, y])
+        if lines.empty:
+            continue        # keeps its color in the other panels
+        mean = lines.groupby(x)[y].mean()
+        axis.plot(mean, f"C{i}", marker=".", linewidth=2.5, label=group)
+        axis.annotate(f" {mean.iloc[-1]:.3g}", (mean.index[-1], mean.iloc[-1]), color=f"C{i}")
+        for _, line in lines.groupby("run"):
+            axis.plot(line[x], line[y], f"C{i}", linewidth=0.6)
 
 
-def parse(argv=None):
-    """The flags, of command-line words (list of str, default sys.argv)."""
+def plot_epochs(runs, path):
+    """Plot accuracy on new and on held-out facts by epoch to a PNG file."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        fail("--plot needs matplotlib: pip install matplotlib")
+    frame = pd.concat([
+        pd.DataFrame(run["metrics"], columns=["epoch", "new", "kept"]).assign(
+            group=run["group"], run=run["name"]) for run in runs])
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axis, name in zip(figure.subplots(1, 2), ("new", "kept")):
+        draw_lines(axis, frame, "epoch", name)
+        axis.set(xlabel="epoch of stage 2", ylabel=f"{name}: accuracy", ylim=(0, 1.07))
+    axis.legend()
+    temporary = Path(f"{path}.tmp")
+    figure.savefig(temporary, format="png", dpi=150)
+    temporary.replace(path)
+
+
+# ---------------------------------------------------------------------------------------- main
+
+def read_sets(folder, model):
+    """Read the three sets of a fact folder: {"new", "known", "heldout": list of dicts}.
+
+    Print a warning if `model` comes from a run that used other rows.
+    """
+    used = run_of(model).get("data", {})
+    sets = {}
+    for key, file in SETS.items():
+        path = Path(folder) / file
+        sets[key] = read_jsonl(path, ["prompt", "completion"])
+        if key in used and used[key] != file_hash(path):
+            note(f"{path}: differs from the rows that {model} was trained and measured with")
+    return sets
+
+
+def print_accuracies(model, tokenizer, sets, batch_size, **more):
+    """Print the accuracy on each set as a JSON line, with the entries of `more` first."""
+    for key, rows in sets.items():
+        result = evaluate(model, tokenizer, rows, batch_size)
+        line = {"set": key, "accuracy": result["accuracy"], "n": len(rows),
+                "interval": wilson(sum(result["right"]), len(rows))}
+        print(json.dumps(more | line), flush=True)
+
+
+def parse_args(argv=None):
+    """Parse the command line (list of str, default sys.argv)."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     add = parser.add_argument
-    add("runs", nargs="*", help="run folders of the sft_*.py scripts; GROUP-SEED share a row")
+    add("runs", nargs="*", help="run folders of sft_*.py; GROUP-SEED folders are averaged")
     add("--model", help="score this model instead: hub name or local folder")
-    add("--facts", help="fact folder of make_facts.py, with --model")
-    add("--interpolate", nargs="+", type=float, metavar="α", help="with --model RUN: score the "
-        "weights at such shares, 0 to 1, of the way from RUN/before to RUN")
-    add("--out", help="folder, not there yet, to save the model of a single α in")
-    add("--batch-size", type=int, default=64, help="prompts answered at once (default: 64)")
-    add("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
-    add("--show", type=int, default=0, metavar="N", help="print N hallucinations of each run")
-    add("--flips", action="store_true", help="which held-out facts each run lost and gained")
-    add("--heldout", metavar="FILE.jsonl", help="with --flips: ask these questions instead; "
-        "without answers, what counts is whether the run changed what it says")
-    add("--ask", metavar="QUESTION", help="put it to each run's model, before stage 2 and after")
-    add("--json", action="store_true", help="print JSON instead of tables")
-    add("--plot", metavar="FILE.png", help="draw accuracy by epoch")
+    add("--facts", help="fact folder from make_facts.py, for --model")
+    add("--batch-size", type=int, default=64, help="prompts per batch (default: 64)")
+    add("--device", default="auto", help="cuda, mps or cpu (default: the first one available)")
+    add("--show", type=int, default=0, metavar="N", help="print N facts that each run lost")
+    add("--flips", action="store_true", help="count the facts that each run lost and gained")
+    add("--heldout", metavar="FILE.jsonl", help="for --flips: ask these questions instead, rows "
+        "with prompt and answers")
+    add("--ask", metavar="QUESTION", help="ask each run's model, before and after stage 2")
+    add("--plot", metavar="FILE.png", help="plot accuracy by epoch")
     args = parser.parse_intermixed_args(argv)
     if bool(args.model) == bool(args.runs) or bool(args.model) != bool(args.facts):
-        fail("name run folders to compare, or --model and --facts to score a model (see --help)")
-    if args.model and (args.plot or args.ask or args.show or args.flips):
-        fail("--plot, --ask, --flips and --show take run folders, not --model")
-    if (args.plot and args.ask) or (args.flips and (args.plot or args.ask)):
-        fail("--plot, --ask and --flips: only one of them at a time")
+        fail("pass either run folders to compare, or both --model and --facts to score a model")
+    if bool(args.model) + bool(args.plot) + bool(args.ask) + args.flips > 1:
+        fail("--model, --plot, --ask and --flips are mutually exclusive")
     if args.heldout and not args.flips:
-        fail("--heldout: goes with --flips")
-    shares = args.interpolate or []
-    if (shares and not args.model) or any(not 0 <= share <= 1 for share in shares):
-        fail(f"--interpolate {shares}: shares from 0 to 1, of a run named by --model")
-    if args.out and (len(shares) != 1 or Path(args.out).exists()):
-        fail(f"--out {args.out}: a folder that is not there yet, for one --interpolate α")
-    if args.batch_size < 1 or args.show < 0:
-        fail(f"--batch-size {args.batch_size}, --show {args.show}: must be at least 1 and 0")
+        fail("--heldout needs --flips")
+    if args.batch_size < 1:
+        fail(f"--batch-size {args.batch_size}: must be positive")
     return args
 
 
 def main(argv=None):
-    """Do what command-line words say; what cannot be read or written is one line on stderr."""
-    args = parse(argv)
+    """Run the command line; report unreadable and unwritable files as one line on stderr."""
+    args = parse_args(argv)
     try:
         if args.model:
-            return score(args)
+            sets = read_sets(args.facts, args.model)
+            print_accuracies(*load_model(args.model, args.device), sets, args.batch_size)
+            return
         runs = [read_run(folder) for folder in args.runs]
         if args.ask:
-            return ask(runs, args.ask, args.device)
-        if args.flips:
-            return what_changed(runs, args)
-        table = compare(runs)
-        if args.plot:
-            figure = draw(by_epoch(runs))
-            for axis in figure.axes:
-                axis.set_ylim(0, 107)
-            save_figure(figure, args.plot)
-        if args.json:
-            print(json.dumps(table, indent=1))
+            ask(runs, args.ask, args.device)
+        elif args.flips:
+            for run in runs:
+                if args.heldout:
+                    run["facts"] = ask_again(run, args.heldout, args.batch_size, args.device)
+                show_flips(run, args.show)
         else:
-            show(table, runs, args.show)
+            check_groups(runs)
+            show(compare(runs), runs, args.show)
+            if args.plot:
+                plot_epochs(runs, args.plot)
     except OSError as error:
         fail(f"{error}")
 
 
-def print_well():
-    """Let a program print what is not ASCII, and | head end it without a word."""
-    sys.stdout.reconfigure(encoding="utf-8")    # for → where output goes to a file on Windows
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-
-
 if __name__ == "__main__":
-    print_well()
+    sys.stdout.reconfigure(encoding="utf-8")    # Windows would not print →
     main()

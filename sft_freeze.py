@@ -1,30 +1,39 @@
-"""Freezing: supervised fine-tuning (SFT) of some groups of parameters, the others held still.
+"""Freezing: supervised fine-tuning (SFT) of some parameter groups, with the others frozen.
 
-Fine-tune a language model on facts that it does not know, and it starts to get wrong facts
-that it did know (Kaplan et al. 2026, arXiv:2604.15574). Where no new facts are needed, only a
-task, train only what does not store them:
+Fine-tune a language model on facts it does not know, and it starts to get facts wrong that it
+used to know (Kaplan et al. 2026, arXiv:2604.15574). If a task needs no new facts, train only
+parameters that do not store any. --l2 pulls the weights back towards their earlier values instead:
 
-    L = CE                          over θ of --trainable roles in --layers; the rest is frozen
-    L = CE + W · ‖θ − θ_before‖²    the soft freeze, --l2 W: change of the weights costs
+    L = CE                          trains --trainable parameters in --layers; freezes the others
+    L = CE + W · ‖θ − θ_before‖²    --l2 W: θ_before are the weights before stage 2
 
-Stage 1 (--format-epochs) trains on known facts only: the model learns the form of the task.
-The result is *the model before*: what it knows is what can be forgotten. Stage 2 (--epochs)
-trains on known and new facts together, with a fresh optimizer. This script differs from
-sft_baseline.py in what is frozen, in both stages, and in the loss of stage 2: run diff on them.
+    CE     cross-entropy, averaged over the completion tokens of the step
 
-    python sft_freeze.py                              a laptop; an invented world, made first
-    python sft_freeze.py --model gpt2-medium          a GPU; real facts, labelled first
-    python sft_freeze.py --model DIR --train my.jsonl rows {"prompt": …, "completion": …}
+Known facts are those that the model already answers correctly. New facts are those it does not.
+Stage 1 (--format-epochs) trains on known facts only and teaches the model the answer format. The
+result, the stage-1 model, is saved in OUT/before, and forgetting is measured against it. Stage 2
+(--epochs) trains on known and new facts together, with a fresh optimizer.
+This script differs from sft_baseline.py in the parameters that both stages train, and in the
+loss of stage 2: run diff on the two files.
+
+    python sft_freeze.py                                 laptop; creates a synthetic world first
+    python sft_freeze.py --model gpt2-medium             GPU; labels real facts first
+    python sft_freeze.py --model DIR --train my.jsonl    rows {"prompt": …, "completion": …}
+
+Each epoch of stage 2 prints one line; epoch 0 is the stage-1 model. new, known and kept are
+accuracies: on the new facts, on the known facts that are trained on, and on held-out known facts.
+
+    epoch 12 | ce 0.031 | new 0.985 | known 1.000 | kept 0.464 | 1.4 s/step
 
 The last line you should see: saved runs/freeze-tiny-0
-Copied alone, this file trains on JSONL; beside eval_hallucination.py it also measures accuracy.
+Measuring accuracy needs eval_hallucination.py in this folder. Without it, the script still trains.
 """
 import importlib
 import json
 import math
 import re
-import shutil
 import sys
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -33,97 +42,92 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 METHOD = "freeze"
-# What a parameter is for, by its name. If two patterns match, the first wins: a norm inside
-# attention is a norm. The rest is `other`, which only --trainable other or all trains.
+# The role of a parameter, from its name. The first match wins: a norm inside attention is a norm.
+# Unmatched parameters are "other", which only --trainable other and all include.
 ROLES = {"norms": r"(norm|norm_\w+|\.ln_\w+)\.",
          "attention": r"\.(attn|attention|self_attn|self_attention)\.",
          "mlp": r"\.(mlp|ffn|feed_forward|fc1|fc2)\.",
          "embeddings": r"\.(wte|wpe|embed_\w+|word_embeddings|project_in)\.",
          "head": r"(lm_head|embed_out|project_out)\.",
          "other": r"."}
-# What the command line leaves open: for the invented world, and for real models.
+# Defaults for the synthetic world and for real models.
 TINY = {"epochs": 60, "batch_size": 64, "learning_rate": 4e-4}
 REAL = {"epochs": 12, "batch_size": 16, "learning_rate": 1e-4}
 
 
 def option(default, text):
-    """A flag, its default and its line in --help."""
+    """Return a dataclass field with a default value and a --help text."""
     return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class Config:
-    """Each field is a flag of the command line, --batch-size for batch_size."""
-    # the model and its data
-    model: str = option("tiny", "a causal language model, hub name or folder; tiny: FACTS/base")
-    facts: str = option(None, "fact folder of make_facts.py, made if absent; default: facts/MODEL")
-    train: str = option(None, "your own JSONL of prompt and completion, instead of a fact folder")
-    known: str = option(None, "JSONL of facts it knows, to train on; without --train, of FACTS")
-    heldout: str = option(None, "JSONL of facts it knows, to see what it forgets; as --known")
-    out: str = option(None, f"folder of the run; default: runs/{METHOD}-MODEL-SEED")
-    overwrite: bool = option(False, "delete the run that is in the folder")
-    resume: bool = option(False, "go on after the last finished epoch of stage 2, if there is one")
-    save_every_epoch: bool = option(False, "keep the weights after each epoch in a folder of OUT")
-    eval_every: int = option(1, "measure accuracy every N epochs; 0: before stage 2 and at the end")
-    no_unknown: bool = option(False, "stage 2 on known facts alone: a task without new facts")
-    # optimisation
-    format_epochs: int = option(1, "epochs of stage 1: they teach the form, not the facts")
+    """Command-line flags: the field batch_size is the flag --batch-size."""
+    # model and data
+    model: str = option("tiny", "causal language model: hub name, folder, or tiny (FACTS/base)")
+    facts: str = option(None, "fact folder, created if absent; default: facts/MODEL")
+    train: str = option(None, "JSONL of your own rows; replaces the fact folder")
+    known: str = option(None, "JSONL of known facts to train on; with --train: default none")
+    heldout: str = option(None, "JSONL of known facts to test on; with --train: default none")
+    out: str = option(None, f"output folder; default: runs/{METHOD}-MODEL-SEED")
+    resume: bool = option(False, "continue an interrupted run after its last finished epoch")
+    save_every_epoch: bool = option(False, "save a checkpoint after each epoch of stage 2")
+    eval_every: int = option(1, "evaluate every N epochs; 0: only before and after stage 2")
+    known_only: bool = option(False, "train stage 2 on known facts only")
+    # optimization
+    format_epochs: int = option(1, "epochs of stage 1, which teaches the answer format")
     epochs: int = option(None, "epochs of stage 2; default: 60 for tiny, else 12")
-    batch_size: int = option(None, "rows in a forward pass; default: 64 for tiny, else 16")
-    accumulate: int = option(1, "passes in a step: a larger batch in the same memory")
-    learning_rate: float = option(None, "its peak; default: 4e-4 for tiny, else 1e-4; paper: 5e-5")
-    warmup: float = option(0.3, "share of steps in which it rises; large first steps forget most")
-    weight_decay: float = option(0.01, "AdamW's, on matrices only")
-    grad_clip: float = option(1.0, "largest norm of the gradient")
-    seed: int = option(0, "of the order of the rows; the facts have a seed of their own")
-    # the method
-    trainable: str = option(None, "list of norms, attention, mlp, embeddings, head, other; or all; "
-                                  "default: attention; all if --l2 is given")
-    layers: str = option(None, "A-B: only what is in blocks A to B, counted from 0")
-    l2: float = option(None, "W: hold the weights to those before stage 2")
-    # the machine
-    device: str = option("auto", "cuda, mps or cpu; auto: the first there is")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "of autocast")
+    batch_size: int = option(None, "rows per forward pass; default: 64 for tiny, else 16")
+    gradient_accumulation_steps: int = option(1, "forward passes per optimizer step")
+    learning_rate: float = option(None, "peak; default: 4e-4 for tiny, else 1e-4; paper: 5e-5")
+    warmup_ratio: float = option(0.3, "fraction of a stage's steps used for linear warmup")
+    weight_decay: float = option(0.01, "AdamW weight decay, applied to matrices only")
+    max_grad_norm: float = option(1.0, "gradient clipping threshold")
+    seed: int = option(0, "data-order seed (make_facts.py has its own)")
+    # method
+    trainable: str = option(None, "all, or a list of norms, attention, mlp, embeddings, head, "
+                                  "other; default: attention, or all with --l2")
+    layers: str = option(None, "A-B: train only blocks A to B, counted from 0")
+    l2: float = option(None, "W: penalty on the squared distance to the weights before stage 2")
+    # hardware
+    device: str = option("auto", "cuda, mps or cpu; auto: the first one available")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "autocast precision")
 
 
 def fail(message):
-    """End the program with one line on stderr and exit status 2."""
+    """Print one line to stderr and exit with status 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def parse(argv=None):
-    """The Config of command-line words (list of str, default sys.argv), nothing left open."""
+def parse_args(argv=None):
+    """Parse the command line (list of str, default sys.argv) and fill in all defaults."""
     parser = transformers.HfArgumentParser(Config, description=__doc__.splitlines()[0])
     parser.error = fail
     config = Config(**vars(parser.parse_args(argv)))
-    # None stands for a default that depends on the model or the seed.
+    # None marks a default that depends on the model or the seed.
     model_name = Path(config.model).name
     defaults = {"facts": f"facts/{model_name}", "out": f"runs/{METHOD}-{model_name}-{config.seed}"}
-    # A small model trained from scratch takes a higher learning rate than a large one.
+    # A small model trained from scratch needs a higher learning rate than a large one.
     defaults |= TINY if config.model == "tiny" else REAL
     for name, value in defaults.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
-    at_least = {"epochs": 1, "batch_size": 1, "accumulate": 1, "grad_clip": 1e-6}
-    for name, value in vars(config).items():
-        least = at_least.get(name, 0)
-        most = 1 if name == "warmup" else sys.maxsize
-        if isinstance(value, (int, float)) and not least <= value <= most:
-            fail(f"--{name.replace('_', '-')} {value}: must be from {least} to {most}")
     if config.trainable is None:
         config.trainable = "attention" if config.l2 is None else "all"
+    for name in ("epochs", "batch_size", "gradient_accumulation_steps", "learning_rate"):
+        if getattr(config, name) <= 0:
+            fail(f"--{name.replace('_', '-')} {getattr(config, name)}: must be positive")
     if config.device == "auto":
         config.device = "cpu"
         if torch.accelerator.is_available():
             config.device = torch.accelerator.current_accelerator().type        # cuda, mps, xpu
     if config.dtype == "auto":
-        # bf16 has the range of fp32, so that nothing overflows. Emulated it is slower than fp32.
+        # bf16 has the range of fp32, so it needs no loss scaling. Emulated, it is slower.
         config.dtype = "float32"
         if config.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
             config.dtype = "bfloat16"
@@ -131,13 +135,13 @@ def parse(argv=None):
 
 
 def autocast(config):
-    """The precision of a block: products in --dtype, weights and sums in fp32."""
+    """Return an autocast context: matmuls in --dtype; weights and reductions in fp32."""
     return torch.autocast(config.device, getattr(torch, config.dtype),
                           enabled=config.dtype != "float32")
 
 
-def beside(name):
-    """The module `name` of this project; None where this script was copied without it."""
+def import_sibling(name):
+    """Import the module `name` from this folder; return None if this file was copied without it."""
     if not Path(__file__).with_name(f"{name}.py").exists():
         return None
     return importlib.import_module(name)
@@ -146,321 +150,313 @@ def beside(name):
 # ---------------------------------------------------------------------------------------- data
 
 def find_files(config):
-    """Paths of the JSONL files, {"unknown", "known", "heldout"}, None for what there is not.
+    """Return {"new", "known", "heldout"}: the path of each JSONL file, or None if there is none.
 
-    Without --train they are those of a fact folder, which make_facts.py makes if it is absent.
+    Without --train they come from a fact folder. make_facts.py creates it if it does not exist.
     """
     if config.train is not None:
-        return {"unknown": config.train, "known": config.known, "heldout": config.heldout}
-    make_facts = beside("make_facts")
+        return {"new": config.train, "known": config.known, "heldout": config.heldout}
+    make_facts = import_sibling("make_facts")
     if make_facts is None:
-        fail("make_facts.py is not beside this script: name a --model and your own rows, --train")
+        fail("make_facts.py is not in this script's folder; pass --model, and your rows as --train")
     return make_facts.find_files(config)
 
 
 def tokenize(tokenizer, prompt, completion=""):
-    """Token ids of one text, (prompt, completion): those of the prompt, then the rest.
+    """Return the token ids of the prompt and of the completion, two lists of int.
 
-    Both are encoded together, as one text: encoded alone, a completion would get a second ▁ from
-    tokenizers that put one before every text (Llama 2, Mistral). If the tokens of the prompt are
-    no prefix of those of the whole text, the completion is encoded alone after all. BOS comes
-    first if the tokenizer adds it; an EOS that it puts behind every text is removed, since it
-    would end the prompt.
+    Tokenize the concatenated text: tokenizers like Llama 2's would otherwise put an extra space
+    token in front of the completion. If the prompt's tokens are not a prefix of the full
+    sequence, tokenize the completion separately. Of the special tokens that the tokenizer adds,
+    keep those in front (usually BOS) and drop those at the end: an EOS there would end the prompt.
     """
-    bos, eos = tokenizer.bos_token, tokenizer.eos_token
-    special = bos is None or not prompt.startswith(bos)     # a chat template may begin with BOS
     encoded = []
     for text in (prompt, prompt + completion):
-        ids = tokenizer(text, add_special_tokens=special)["input_ids"]
-        if ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(eos):
-            ids = ids[:-1]
-        encoded.append(ids)
-    before, whole = encoded
-    if whole[:len(before)] == before:
-        return before, whole[len(before):]
-    return before, tokenizer(completion, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        special = tokenizer(text)["input_ids"]
+        # Everything before the first token of the text; nothing if a chat template wrote BOS.
+        added = special[:special.index(ids[0])] if ids else []
+        encoded.append(added + ids)
+    prompt_ids, full_ids = encoded
+    if full_ids[:len(prompt_ids)] == prompt_ids:
+        return prompt_ids, full_ids[len(prompt_ids):]
+    return prompt_ids, tokenizer(completion, add_special_tokens=False)["input_ids"]
 
 
-def read_examples(path, tokenizer, context):
-    """The rows of a JSONL file as training examples, list of dicts.
+def read_examples(path, tokenizer, context_length):
+    """Read a JSONL file and return its rows as training examples, a list of dicts.
 
-    row: the JSON object, with text under prompt and completion; ids: the tokens of the whole
-    text, (T,) with T ≤ context; real: ones (T,); supervised: which are the completion's (T,).
-    Ends the program at the first row that cannot be trained on, with file and line.
+    row: the JSON object, with strings under "prompt" and "completion"
+    input_ids: (T,), T ≤ context_length; attention_mask: ones (T,)
+    loss_mask: (T,), True for completion tokens
+    Exit with the file and line number if a row cannot be trained on.
     """
     examples = []
     number, line = 0, b""
     try:
         for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
             if not line.strip():
-                continue        # blank lines are no rows
+                continue
             row = json.loads(line)
             prompt, completion = tokenize(tokenizer, row["prompt"], row["completion"])
             if not prompt or not completion or not row["completion"].strip():
-                raise ValueError("nothing in it")
-            # The end is learnt too: a newline in the last token is an end, else EOS is appended.
+                raise ValueError("empty prompt or completion")
+            # The model must learn to stop: append EOS unless a newline or EOS is there already.
             last, eos = completion[-1], tokenizer.eos_token_id
             if last != eos and "\n" not in tokenizer.decode([last]):
-                if eos is None:
-                    raise ValueError("no newline at its end, and the tokenizer has no EOS")
                 completion.append(eos)
             ids = torch.tensor(prompt + completion)
-            # Refused, not cut: a prompt without its beginning is another prompt.
-            if len(ids) > context:
-                raise ValueError(f"{len(ids)} tokens, but the model reads {context}")
-            examples.append({"row": row, "ids": ids, "real": torch.ones_like(ids),
-                             "supervised": torch.arange(len(ids)) >= len(prompt)})
-    except Exception as error:          # many kinds, by what is wrong with the row
-        fail(f"{path}:{number}: {error!r} in {line[:60].decode(errors='replace')!r}; wanted: "
-             "text under prompt and completion, as the README shows for chat messages too")
+            # Reject long rows instead of truncating them: that would change the prompt.
+            if len(ids) > context_length:
+                raise ValueError(f"{len(ids)} tokens; the model's context is {context_length}")
+            examples.append({"row": row, "input_ids": ids, "attention_mask": torch.ones_like(ids),
+                             "loss_mask": torch.arange(len(ids)) >= len(prompt)})
+    except Exception as error:          # the type depends on what is wrong with the row
+        fail(f"{path}:{number}: {error!r} in {line[:60].decode(errors='replace')!r}; each line "
+             "must be an object with a prompt and a completion (for chats see docs/use.md)")
     return examples
 
 
-def cut(items, size):
-    """The list in pieces of `size`, the last may be shorter."""
+def chunks(items, size):
+    """Split a list into lists of `size` items; the last one may be shorter."""
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
-def length(example):
-    """Its tokens, prompt, completion and end."""
-    return len(example["ids"])
+def n_tokens(example):
+    """Return the length of an example in tokens."""
+    return len(example["input_ids"])
 
 
-def make_windows(examples, stage, epoch, config):
-    """One epoch, a list of windows. A window is the list of batches of one optimizer step.
+def make_steps(examples, stage, epoch, config):
+    """Return the optimizer steps of one epoch: a list of steps, each a list of batches.
 
-    The order is a function of seed, stage and epoch. So that little is padding, rows of similar
-    length share a batch: four windows at a time are sorted by length before they are cut up.
+    The order depends only on the seed, the stage and the epoch. To reduce padding, sort the rows
+    of four steps at a time by length before splitting them into steps and batches.
     """
-    # All methods see the same rows in the same order, so that runs of one seed can be paired.
+    # All methods see the same rows in the same order, so runs with equal seeds can be paired.
     rng = np.random.default_rng([config.seed, stage, epoch])
     shuffled = [examples[i] for i in rng.permutation(len(examples))]
-    size = config.batch_size * config.accumulate
-    windows = []
-    for pool in cut(shuffled, 4 * size):
-        windows += cut(sorted(pool, key=length), size)
-    return [cut(windows[i], config.batch_size) for i in rng.permutation(len(windows))]
+    rows_per_step = config.batch_size * config.gradient_accumulation_steps
+    steps = []
+    for pool in chunks(shuffled, 4 * rows_per_step):
+        steps += chunks(sorted(pool, key=n_tokens), rows_per_step)
+    return [chunks(steps[i], config.batch_size) for i in rng.permutation(len(steps))]
 
 
 def collate(examples, device):
-    """A batch: {"ids", "real", "supervised"}, each (B, T), and its "examples", a list.
+    """Return a batch: {"input_ids", "attention_mask", "loss_mask"}, each (B, T), and "examples".
 
-    Padded with 0 on the right, where nothing of a causal model looks at it. The masks come from
-    the lengths, not from comparing with a padding token: that may be EOS, which is to be learnt.
+    Pad everything with 0 on the right, where a causal model never looks. Masks made by comparing
+    with a padding token would be wrong: it often equals EOS, which must be learned.
     """
     batch = {"examples": examples}
-    for key in ("ids", "real", "supervised"):
-        padded = pad_sequence([example[key] for example in examples], batch_first=True)
-        batch[key] = padded.to(device)
+    for key in ("input_ids", "attention_mask", "loss_mask"):
+        rows = [example[key] for example in examples]
+        batch[key] = pad_sequence(rows, batch_first=True).to(device)
     return batch
 
 
-# --------------------------------------------------------------------------- the model and its loss
+# ------------------------------------------------------------------------------ model and loss
 
 def load_model(name, device):
-    """(model, tokenizer), weights in fp32: steps of 1e-5 would vanish in bf16 weights.
+    """Load a model and its tokenizer; return both.
 
-    In eval mode, which means without dropout, in training too: its noise would add to every
-    difference that is measured here.
+    Weights are in fp32: updates of 1e-5 would vanish in bf16 weights. The model stays in eval
+    mode, also in training: dropout would add noise to the KL and to comparisons between methods.
     """
-    evaluator = beside("eval_hallucination")
+    evaluator = import_sibling("eval_hallucination")
     if evaluator is not None:
-        return evaluator.load_model(name, device)       # the same, and finds broken models
-    print("note: no eval_hallucination.py here: accuracy is not measured")
+        return evaluator.load_model(name, device)       # does the same and rejects broken models
+    print("note: eval_hallucination.py is not in this folder, so accuracy is not measured")
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        return model.to(device).eval(), tokenizer
-    except Exception as error:          # the library raises many kinds
-        fail(f"--model {name}: {' '.join(str(error).split())[:300]}; wanted: a model's "
-             "name on the hub, or a folder with config.json, model.safetensors and tokenizer")
+    except Exception as error:          # transformers raises many types
+        fail(f"--model {name}: {' '.join(str(error).split())[:300]}; pass the name of a model on "
+             "the hub, or a folder with config.json, model.safetensors and a tokenizer")
+    return model.to(device).eval(), tokenizer
 
 
-def last_hidden(model, batch):
-    """Hidden states behind the final norm, (B, T-1, d): each predicts the next token.
+def last_hidden_state(model, batch):
+    """Return the hidden states after the final norm, (B, T-1, d); each predicts the next token.
 
-    The head makes logits of them, but only at positions that enter a loss: those of a whole
-    batch, (B, T, V), can outweigh the model.
+    Apply the LM head only where a loss needs logits: (B, T, V) of them can take more memory than
+    the model.
     """
-    # Without the cache of keys and values, which only generation needs.
-    output = model.base_model(input_ids=batch["ids"], attention_mask=batch["real"], use_cache=False)
+    # use_cache=False: only generation needs the key-value cache.
+    output = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                              use_cache=False)
     return output.last_hidden_state[:, :-1]
 
 
 def check_head(model, batch, name):
-    """Refuse a model whose logits are not those of its head on `last_hidden`; batch: a row."""
+    """Reject a model whose logits are not its head applied to `last_hidden_state`."""
     try:
-        logits = model.get_output_embeddings()(last_hidden(model, batch))       # (B, T-1, V)
-        whole = model(input_ids=batch["ids"], use_cache=False).logits[:, :-1]
-        torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
+        logits = model.get_output_embeddings()(last_hidden_state(model, batch))     # (B, T-1, V)
+        expected = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, AttributeError, RuntimeError, TypeError):   # other logits, or no head
-        fail(f"--model {name}: caps or scales its logits, or has no linear head; train it in a "
-             "trainer that takes the loss from whole logits")
+        fail(f"--model {name}: caps or scales its logits, or has no linear head; use "
+             "docs/trainer.py, which computes the loss from full logits")
 
 
 def cross_entropy(model, hidden, batch, counts):
-    """CE of a batch, as its share of the window: (loss, {"ce"}). hidden: of `last_hidden`.
+    """Compute this batch's contribution to the step's mean cross-entropy: (loss, {"ce"}).
 
-    counts: {mask: number of predicted tokens under it, of all batches of the window}. The sum of
-    a batch is divided by the count of the window, so that each token weighs the same; a mean of
-    the batches' means would weigh the tokens of short batches more.
+    hidden: (B, T-1, d) from `last_hidden_state`
+    counts: number of predicted tokens under each mask, summed over all batches of the step
+    Dividing by the step's count gives every token the same weight. Averaging the means of batches
+    would give more weight to tokens in batches that have few of them.
     """
-    mask = batch["supervised"][:, 1:]                                               # (B, T-1)
-    targets = batch["ids"][:, 1:][mask]                                             # (N,)
+    mask = batch["loss_mask"][:, 1:]                                                # (B, T-1)
+    targets = batch["input_ids"][:, 1:][mask]                                       # (N,)
     logits = model.get_output_embeddings()(hidden[mask])                            # (N, V)
-    # In fp32: a logarithm of a sum over V terms loses too much in half precision.
-    ce = F.cross_entropy(logits.float(), targets, reduction="sum") / counts["supervised"]
+    # fp32: half precision is too coarse for the log of a sum over V terms.
+    ce = F.cross_entropy(logits.float(), targets, reduction="sum") / counts["loss_mask"]
     return ce, {"ce": ce}
 
 
-def copy_trained(model):
-    """{name: copy of its weights} of what is trained: 4 bytes a parameter."""
-    copies = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            copies[name] = parameter.detach().clone()
-    return copies
-
-
 def l2_to_before(model, before, batch, counts, config):
-    """CE + W · ‖θ − θ_before‖² of a batch, as its share of the window: (loss, terms).
+    """Compute this batch's contribution to CE + W · ‖θ − θ_before‖²: (loss, {"ce", …}).
 
-    before: {name: weights} of what is trained. It costs memory for this copy, and for as many
-    differences until the backward pass. Each batch of a window gets a share of the distance, by
-    its tokens, so that it counts once a step.
+    before: {name: weights before stage 2}, another 4 bytes per parameter
+    counts: as in `cross_entropy`
+    Each batch adds a share of the distance in proportion to its tokens, so that a step counts the
+    distance once. The differences take 4 more bytes per parameter until the backward pass.
     """
-    ce, terms = cross_entropy(model, last_hidden(model, batch), batch, counts)
-    # A pass over all trained weights in every batch: of a small model, that is most of a step.
-    distance = 0
-    for name, parameter in model.named_parameters():
-        if name in before:
-            distance = distance + (parameter - before[name]).square().sum()
-    distance = distance * (batch["supervised"].sum() / counts["supervised"])
-    return ce + config.l2 * distance, terms | {"distance": distance}
+    ce, terms = cross_entropy(model, last_hidden_state(model, batch), batch, counts)
+    # Every batch reads all weights. For a small model this takes most of the step.
+    squared_distance = 0
+    for name, weights in before.items():
+        squared_distance = squared_distance + (model.get_parameter(name) - weights).square().sum()
+    squared_distance = squared_distance * (batch["loss_mask"].sum() / counts["loss_mask"])
+    return ce + config.l2 * squared_distance, terms | {"squared_distance": squared_distance}
 
 
 def role_of(name):
-    """The role of a parameter, by its name."""
+    """Return the role of a parameter, given its name."""
     for role, pattern in ROLES.items():
         if re.search(pattern, name):
             return role
 
 
 def split_parameters(model, config):
-    """{role: names of its parameters in --layers}. Each has one role; a tied head has two."""
+    """Return the names of the parameters in --layers by role: {role: list of str}.
+
+    Every parameter has exactly one role, except that a tied LM head also counts as embeddings.
+    """
     parameters = dict(model.named_parameters())
-    # Which block a parameter is in, -1 for those outside the blocks, as embeddings are.
+    # The block of each parameter; -1 outside the blocks, as for embeddings.
     blocks = {}
     for name in parameters:
         found = re.search(r"\.(h|layers|layer|blocks)\.(\d+)\.", name)
         blocks[name] = int(found[2]) if found else -1
-    # By default all blocks and all that is outside of them.
+    # By default, all blocks and everything outside of them.
     first, last = -1, max(blocks.values())
     if config.layers is not None:
         span = re.fullmatch(r"(\d+)-(\d+)", config.layers)
         if span is None or not int(span[1]) <= int(span[2]) <= last:
-            fail(f"--layers {config.layers}: must be A-B, of the blocks 0 to {last}")
+            fail(f"--layers {config.layers}: must be A-B with 0 ≤ A ≤ B ≤ {last}")
         first, last = map(int, span.groups())
     split = {role: [] for role in ROLES}
     for name in parameters:
         if first <= blocks[name] <= last:
             split[role_of(name)].append(name)
-    # A head that is the embeddings' own matrix is one parameter, and is trained with either.
+    # A tied head is the same parameter as the embeddings. Naming either role trains it.
     head = model.get_output_embeddings().weight
     split["head"] += [name for name in split["embeddings"] if parameters[name] is head]
     return split
 
 
 def freeze(model, config):
-    """Make only the --trainable roles in --layers trainable; print how much of each is trained.
+    """Freeze all parameters but the --trainable roles in --layers; print the split by role.
 
-    Frozen weights get no gradient, and AdamW skips what has none, its decay included: they stay
-    as they are, bit by bit.
+    Frozen parameters get no gradient. AdamW then skips them, weight decay included, so they stay
+    the same bit for bit.
     """
     split = split_parameters(model, config)
     roles = [role for role in split if split[role]]
-    # Names of roles between commas, with or without spaces.
     wanted = config.trainable.replace(" ", "").split(",")
-    # All includes other.
-    if wanted == ["all"]:
+    if config.trainable == "all":
         wanted = roles
     trained = set()
     for role in wanted:
-        # A name that matches nothing would freeze everything without a word.
+        # A role that matches no parameter would silently freeze everything.
         if role not in roles:
-            fail(f"--trainable {role}: no such weights; --layers {config.layers or '(all)'} has "
+            fail(f"--trainable {role}: no such parameters; --layers {config.layers or '(all)'} has "
                  f"{', '.join(roles)}")
         trained.update(split[role])
-    # What is frozen needs no gradient: less memory, and a shorter backward pass.
+    # Frozen parameters store no gradients, and the backward pass is shorter.
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     for role in roles:
         n_all, n_trained = 0, 0
         for name in split[role]:
-            parameter = model.get_parameter(name)
-            n_all += parameter.numel()
-            if parameter.requires_grad:
-                n_trained += parameter.numel()
+            size = model.get_parameter(name).numel()
+            n_all += size
+            if name in trained:
+                n_trained += size
         print(f"{role:10} {n_trained:>13,} of {n_all:>13,} weights are trained")
 
 
 # ------------------------------------------------------------------------------------- training
 
 def get_lr(step, total, config):
-    """Learning rate at `step` of `total`: linear warm-up, then a cosine to a tenth of the peak."""
-    # A long warm-up: large steps at the start, before Adam's moments settle, forget most.
-    warm = math.ceil(config.warmup * total)
-    if step < warm:
-        return config.learning_rate * (step + 1) / warm
-    cosine = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - 1 - warm)))
+    """Return the learning rate: linear warmup, then cosine decay to a tenth of the peak."""
+    # Large steps before Adam's moment estimates settle cause most forgetting: warm up for long.
+    warmup = math.ceil(config.warmup_ratio * total)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - 1 - warmup)))
     return config.learning_rate * (0.1 + 0.9 * cosine)
 
 
 def make_optimizer(model, config):
-    """AdamW; biases and norms, which are vectors, are not decayed."""
+    """Return AdamW with weight decay on matrices, but not on biases and norms."""
     matrices = {"params": [], "weight_decay": config.weight_decay}
     vectors = {"params": [], "weight_decay": 0.0}
     for parameter in model.parameters():
         group = matrices if parameter.ndim >= 2 else vectors
         group["params"].append(parameter)
-    # Fused: one kernel updates all weights. The learning rate is set in every step.
+    # fused: one kernel updates all weights. The training loop sets the learning rate.
     return torch.optim.AdamW([matrices, vectors], fused=True)
 
 
-def run_stage(stage, model, examples, loss_function, config, state):
-    """Train for the epochs of `stage` (1 or 2): a generator, of (metrics, state) after each.
+def train_stage(stage, model, examples, loss_function, config, state):
+    """Train stage 1 or 2; yield (metrics, state) after each epoch.
 
-    loss_function(batch, counts) -> (loss, {name: part of it to log}). metrics: the parts, means
-    over the windows of the epoch. state: {"epoch": 0} to begin, or one that was yielded, to go on
-    after its epoch. Nothing is random but the order of the rows, which is a function of seed,
-    stage and epoch: an interrupted run ends like any other, on a CPU bit by bit.
+    loss_function(batch, counts) returns (loss, {name: loss term to log}).
+    metrics: the epoch's mean loss terms and seconds per step
+    state: {"epoch": 0} to start, or a yielded state to continue after its epoch
+    Only the data order is random, and it depends only on seed, stage and epoch. A resumed run
+    therefore gives the same result as an uninterrupted one, on a CPU bit for bit.
     """
     epochs = config.format_epochs if stage == 1 else config.epochs
-    # The gradient and Adam's two moments cost three times the memory of what is trained.
+    # Gradients and Adam's two moments take three times the memory of the trained weights.
     optimizer = make_optimizer(model, config)
-    # fp16 loses gradients below 6e-8, so its loss is scaled up; elsewhere this does nothing.
+    # fp16 rounds gradients below 3e-8 to zero, so scale the loss up. Not needed in fp32 and bf16.
     scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
-    if state["epoch"] > 0:      # stage 2, resumed
-        # pop: the state would else keep a second copy of the weights.
+    if state["epoch"] > 0:      # resumed
+        # pop: otherwise the state would hold a second copy of the weights.
         model.load_state_dict(state.pop("model"))
         optimizer.load_state_dict(state.pop("optimizer"))
         scaler.load_state_dict(state.pop("scaler"))
     for epoch in range(state["epoch"] + 1, epochs + 1):
-        windows = make_windows(examples, stage, epoch, config)
+        start = time.perf_counter()
+        steps = make_steps(examples, stage, epoch, config)
         metrics = {"stage": stage, "epoch": epoch}
-        bar = tqdm(windows, f"stage {stage}, epoch {epoch} of {epochs}", leave=False, disable=None)
-        for step, window in enumerate(bar, (epoch - 1) * len(windows)):
-            batches = [collate(part, model.device) for part in window]
-            # How many tokens the window predicts, of completions and in all: CE is a mean over
-            # the former, the KL of sft_selfdistill.py over the latter.
-            counts = {"supervised": 0, "real": 0}
-            for batch in batches:
-                for mask in counts:
-                    counts[mask] += batch[mask][:, 1:].sum()
-            # Only one batch has its activations in memory at a time, the gradients add up.
+        bar = tqdm(steps, f"stage {stage}, epoch {epoch} of {epochs}", leave=False, disable=None)
+        for step, batches in enumerate(bar, (epoch - 1) * len(steps)):
+            batches = [collate(rows, model.device) for rows in batches]
+            # The tokens that this step predicts. CE is averaged over those in completions, the
+            # KL of sft_selfdistill.py over all of them.
+            counts = {}
+            for mask in ("loss_mask", "attention_mask"):
+                counts[mask] = sum(batch[mask][:, 1:].sum() for batch in batches)
+            # Each backward() adds to the gradients and frees the activations of its batch.
             logged = {}
             for batch in batches:
                 with autocast(config):
@@ -468,37 +464,46 @@ def run_stage(stage, model, examples, loss_function, config, state):
                 scaler.scale(loss).backward()
                 for name, term in terms.items():
                     logged[name] = logged.get(name, 0) + term.detach()
-            lr = get_lr(step, epochs * len(windows), config)
             for group in optimizer.param_groups:
-                group["lr"] = lr
-            scaler.unscale_(optimizer)          # so that the gradient itself is clipped
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            # Read once a step, not in every batch: reading makes Python wait for the GPU.
-            *numbers, norm = torch.stack([*logged.values(), norm]).tolist()
-            # A gradient too large for fp16 is the scaler's affair: it skips the step and halves
-            # its scale. Without a scaler, or at scale 1, training has diverged.
-            diverged = not math.isfinite(norm) and scaler.get_scale() <= 1
-            if diverged or not math.isfinite(sum(numbers)):
-                fail(f"stage {stage}, epoch {epoch}, step {step + 1}: loss or gradient is not "
-                     "finite; lower --learning-rate or take --dtype float32")
+                group["lr"] = get_lr(step, epochs * len(steps), config)
+            scaler.unscale_(optimizer)          # clip the true gradients, not the scaled ones
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            # Read all values at once: each read makes Python wait for the GPU.
+            *values, norm = torch.stack([*logged.values(), norm]).tolist()
+            # In fp16 a gradient may overflow: the scaler skips the step and lowers its scale.
+            checked = values if config.dtype == "float16" else [*values, norm]
+            if not math.isfinite(sum(checked)):
+                fail(f"stage {stage}, epoch {epoch}: loss or gradient is not finite in step "
+                     f"{step + 1} of the stage; lower --learning-rate or use --dtype float32")
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            values = dict(zip(logged, numbers))
-            for name, value in values.items():
-                metrics[name] = metrics.get(name, 0) + value / len(windows)
+            for name, value in zip(logged, values):
+                metrics[name] = metrics.get(name, 0) + value / len(steps)
             if step == 0:
-                print(f"stage {stage}, step 1: {values}")
-            bar.set_postfix(values)
+                print(f"stage {stage}, step 1: {dict(zip(logged, values))}")
+        metrics["seconds_per_step"] = (time.perf_counter() - start) / max(1, len(steps))
         yield metrics, {"epoch": epoch, "model": model.state_dict(),
                         "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
 
 
-# ------------------------------------------------------------------------------- the run's folder
-# Every file is written all or nothing: to a temporary name, which is then renamed.
+def log(metrics):
+    """Print the metrics of one epoch (dict) as one line."""
+    line = f"epoch {metrics['epoch']}"
+    for name, value in metrics.items():
+        if name not in ("stage", "epoch", "seconds_per_step"):
+            digits = 3 if value >= 0.01 else 4
+            line += f" | {name} {value:.{digits}f}"
+    if "seconds_per_step" in metrics:
+        line += f" | {metrics['seconds_per_step']:.1f} s/step"
+    print(line, flush=True)
+
+
+# ------------------------------------------------------------------------------ output folder
+# Every file is written under a temporary name and then renamed, so no file is ever incomplete.
 
 def write_jsonl(path, rows):
-    """Write dicts, one a line."""
+    """Write dicts as JSON lines."""
     temporary = path.with_name(f"{path.name}.tmp")
     lines = [json.dumps(row) + "\n" for row in rows]
     temporary.write_text("".join(lines), encoding="utf-8")
@@ -506,21 +511,15 @@ def write_jsonl(path, rows):
 
 
 def save_state(path, state):
-    """Write what --resume starts from: up to 12 bytes a parameter, with Adam's moments."""
+    """Save what --resume needs: up to 12 bytes per parameter, with Adam's moments."""
     temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        torch.save(state, temporary)
-    except RuntimeError as error:       # what torch makes of a full disk, and of Ctrl-C
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise error.__context__
-        raise OSError(f"{path}: {error}")
+    torch.save(state, temporary)
     temporary.replace(path)
 
 
 def save_checkpoint(folder, model, tokenizer):
-    """Write an ordinary checkpoint, for `from_pretrained`."""
+    """Save model and tokenizer for `from_pretrained`: 4 bytes per parameter, in fp32."""
     temporary = folder / "tmp"
-    # safetensors, in fp32: 4 bytes a parameter
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     for file in temporary.iterdir():
@@ -528,129 +527,116 @@ def save_checkpoint(folder, model, tokenizer):
     temporary.rmdir()
 
 
-def open_folder(inputs, run, config):
-    """Make the folder of a run, or check that it can go on in it; returns its path.
+def open_run_folder(run, config):
+    """Create the output folder, or check that --resume applies to the run in it; return its path.
 
-    A folder with unfinished.json is a run that is not finished; at the end that becomes run.json.
-    A folder of anything else is refused, and so is one that holds, or is held by, an input (list
-    of paths).
+    unfinished.json marks a run that has not finished. It is renamed to run.json at the end.
     """
     out = Path(config.out).resolve()
-    for path in filter(None, inputs):
-        place = Path(path).resolve()
-        if out == place or out in place.parents or place in out.parents:
-            fail(f"--out {config.out}: is the place of {path}; name another folder")
-    finished = (out / "run.json").exists()
-    if finished and config.resume:
-        print(f"{config.out} is finished: there is nothing to resume")
+    if config.resume and (out / "run.json").exists():
+        print(f"{config.out} is finished: nothing to resume")
         raise SystemExit            # status 0
-    is_run = finished or any(out.glob("unfinished.json*"))
-    if any(out.glob("*")):
-        if not is_run or not (config.overwrite or config.resume):
-            fail(f"--out {config.out}: exists already; only a run can be deleted, by --overwrite, "
-                 "or continued, by --resume")
-        if config.resume and (out / "state.pt").exists():
-            return out
-        shutil.rmtree(out)              # a run that ended in stage 1 begins anew
-    out.mkdir(parents=True, exist_ok=True)
-    write_jsonl(out / "unfinished.json", [run])
+    resumable = config.resume and any(out.glob("unfinished.json*"))     # or its temporary file
+    if any(out.glob("*")) and not resumable:
+        fail(f"--out {config.out}: is not empty; choose another folder, or continue an "
+             "interrupted run with --resume")
+    # Without state.pt, this is a new run, or one that was interrupted in stage 1 and starts again.
+    if not (out / "state.pt").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        write_jsonl(out / "unfinished.json", [run])
     return out
 
 
-# --------------------------------------------------------------------------------------- the run
+# --------------------------------------------------------------------------------------- main
 
 def train(config):
-    """Both stages; leaves a finished run in --out. Returns its metrics, a list of dicts."""
+    """Train both stages and save the finished run in --out."""
     print(config)
     files = find_files(config)
     start = f"{config.facts}/base" if config.model == "tiny" else config.model
     model, tokenizer = load_model(start, config.device)
-    limits = model.config.get_text_config()         # of a vision-language model: its text part
-    context = getattr(limits, "max_position_embeddings", getattr(limits, "max_seq_len", None))
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     sets = {}
     for name, path in files.items():
-        sets[name] = read_examples(path, tokenizer, context or math.inf) if path else []
-    mixture = sets["known"] if config.no_unknown else sets["known"] + sets["unknown"]
+        sets[name] = read_examples(path, tokenizer, context) if path else []
+    mixture = sets["known"] if config.known_only else sets["known"] + sets["new"]
     if not mixture:
-        fail(f"no rows to train on in {files}; with --no-unknown these are the known ones alone")
-    check_head(model, collate(mixture[:1], model.device), start)
+        fail(f"no rows to train on in {files}; --known-only needs known facts")
     freeze(model, config)
+    check_head(model, collate(mixture[:1], model.device), start)
     run = {"method": METHOD, "config": asdict(config)}
-    evaluator = beside("eval_hallucination")
+    evaluator = import_sibling("eval_hallucination")
     if evaluator is not None:
-        # Refuses held-out facts that are trained on, and --resume with other settings or data.
+        # Reject held-out facts that are trained on, and --resume with other data or settings. Add
+        # hashes and versions to run.json.
         run |= evaluator.check_run(model, start, files, sets, run)
-    out = open_folder([start, *files.values()], run, config)    # all input was read before this
-    print(f"{model.num_parameters():,} parameters, {len(mixture)} rows an epoch")
+    out = open_run_folder(run, config)
+    print(f"{model.num_parameters():,} parameters, {len(mixture)} rows per epoch")
 
-    def score(metrics):
-        """{set: result of `evaluate`}, whose accuracies are put into `metrics`."""
+    def evaluate(metrics):
+        """Add the accuracies to `metrics`; return {set: result of the evaluator}."""
         if evaluator is None:
             return {}
         with autocast(config):
             return evaluator.evaluate_sets(model, tokenizer, sets, 4 * config.batch_size, metrics)
 
-    def plain(batch, counts):
-        return cross_entropy(model, last_hidden(model, batch), batch, counts)
+    def ce_loss(batch, counts):
+        return cross_entropy(model, last_hidden_state(model, batch), batch, counts)
 
-    # Stage 1: the form of the task, from known facts. Its result is kept as out/before.
+    # Stage 1: learn the answer format from known facts. The result is saved as out/before.
     state_path = out / "state.pt"
-    if state_path.exists():         # then before/ is complete: it was written first
-        try:
-            state = torch.load(state_path, map_location="cpu", weights_only=True)
-        except Exception as error:      # many kinds, by what is broken
-            fail(f"--resume: {state_path} cannot be read ({error!r}); --overwrite starts anew")
+    if state_path.exists():         # before/ was saved first, so it is complete
+        state = torch.load(state_path, map_location="cpu", weights_only=True)
         model, _ = load_model(out / "before", config.device)
         freeze(model, config)
     else:
-        state = {"epoch": 0}
-        stage = run_stage(1, model, sets["known"], plain, config, state)
-        state["history"] = [metrics for metrics, _ in stage]
+        state = {"epoch": 0, "history": []}
+        for metrics, _ in train_stage(1, model, sets["known"], ce_loss, config, state):
+            state["history"].append(metrics)
         save_checkpoint(out / "before", model, tokenizer)
         metrics = {"stage": 2, "epoch": 0}
-        state["before"] = score(metrics)
+        state["before"] = evaluate(metrics)
         state["history"].append(metrics)
-        print(metrics)
+        log(metrics)
         save_state(state_path, state)
 
-    # Stage 2: known and new facts together (--no-unknown: known ones alone).
-    loss_function = plain
+    # Stage 2: train on known and new facts together. If the run is resumed, the model is still
+    # the stage-1 model here, and train_stage loads the later weights.
+    loss_function = ce_loss
     if config.l2 is not None:
-        before = copy_trained(model)
+        before = {name: weights.detach().clone() for name, weights in model.named_parameters()}
         def loss_function(batch, counts):
             return l2_to_before(model, before, batch, counts, config)
 
-    for metrics, parts in run_stage(2, model, mixture, loss_function, config, state):
+    for metrics, new_state in train_stage(2, model, mixture, loss_function, config, state):
         epoch = metrics["epoch"]
         if epoch == config.epochs or (config.eval_every and epoch % config.eval_every == 0):
-            state["after"] = score(metrics)
+            state["after"] = evaluate(metrics)
         state["history"].append(metrics)
-        print(metrics, flush=True)
+        log(metrics)
         if config.save_every_epoch:
             save_checkpoint(out / f"epoch-{epoch}", model, tokenizer)
-        save_state(state_path, state | parts)
+        save_state(state_path, state | new_state)
     save_checkpoint(out, model, tokenizer)
     write_jsonl(out / "metrics.jsonl", state["history"])
     if evaluator is not None:
-        evaluator.write_answers(out, sets, state["before"], state["after"])
-    (out / "unfinished.json").replace(out / "run.json")     # it says that all else is there
+        evaluator.write_answers(out, sets["heldout"], state["before"], state["after"])
+    (out / "unfinished.json").replace(out / "run.json")     # last: it marks a complete run
     state_path.unlink()
     if evaluator is not None:
-        evaluator.main([config.out])
+        evaluator.main([config.out])        # prints accuracies and forgetting
     print(f"saved {config.out}")
-    return state["history"]
 
 
 def main(argv=None):
-    """Train as command-line words say; what goes wrong on the way is one line on stderr."""
+    """Run the command line; report expected errors as one line on stderr."""
     try:
-        return train(parse(argv))
+        train(parse_args(argv))
     except torch.OutOfMemoryError:
-        fail("out of memory; --resume with half the --batch-size and twice the --accumulate")
-    except (OSError, SafetensorError) as error:         # a full disk above all
-        fail(f"{error}; --resume goes on after the last finished epoch of stage 2")
+        fail("out of memory; run again with --resume, half the --batch-size and twice the "
+             "--gradient-accumulation-steps")
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on after the last epoch of stage 2", file=sys.stderr)
+        print("interrupted; --resume continues after the last finished epoch", file=sys.stderr)
         raise SystemExit(130)
 
 
