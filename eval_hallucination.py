@@ -115,7 +115,7 @@ def read_jsonl(path, required=()):
 def write_jsonl(path, rows):
     """Write dicts as JSON lines, to a temporary file that is then renamed."""
     temporary = Path(f"{path}.tmp")
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    lines = [f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows]
     temporary.write_text("".join(lines), encoding="utf-8")
     os.replace(temporary, path)
 
@@ -355,6 +355,8 @@ def load_model(name, device="cpu"):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+            raise ValueError("its tokenizer is missing")
         model = model.to(find_device(device)).eval()
         check_model(model, report["missing_keys"])
     except torch.OutOfMemoryError:
@@ -450,9 +452,8 @@ def check_run(model, name, files, sets, run):
                 if key != "heldout":
                     trained |= same
             more["data"][key] = file_hash(path)
-    for started in (out / "run.json", out / "unfinished.json"):
-        if run["config"]["resume"] and started.exists():
-            check_resumed(started, run | more)
+    if run["config"]["resume"] and (out / "unfinished.json").exists():
+        check_resumed(out / "unfinished.json", run | more)
     return more
 
 

@@ -45,6 +45,7 @@ import sys
 import uuid
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Literal
 
@@ -315,8 +316,6 @@ def find_tables(source):
     Of EntityQuestions use train/ only: one-off/ repeats some of its questions.
     """
     path = Path(source)
-    if path.suffix in TABLES and not path.exists():
-        raise FileNotFoundError("no such file")
     if not path.exists():
         from huggingface_hub import snapshot_download
         path = Path(snapshot_download(
@@ -434,11 +433,12 @@ def cache_prefix(model, ids, n):
     """
     ids = torch.tensor([ids], device=model.device)
     try:
-        output = model(input_ids=ids[:, :n], use_cache=True)
-        name = "cache" if "cache" in output else "past_key_values"      # renamed in 5.24
-        continued = continue_from(model, {name: output[name]}, ids[:, n:])
-        if logits_close(continued, model(input_ids=ids).logits[:, n:]):
-            return {name: output[name]}
+        # The argument was renamed in transformers 5.24.
+        name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+        cache = {name: model(input_ids=ids[:, :n], use_cache=True)[name]}
+        continued = continue_from(model, cache, ids[:, n:].repeat(2, 1))
+        if logits_close(continued[1:], model(input_ids=ids).logits[:, n:]):
+            return cache
     except torch.OutOfMemoryError:
         raise
     except Exception:           # n is 0, or the model has no cache of this kind
@@ -707,9 +707,9 @@ def label_settings(model, tokenizer, facts, config):
     """Return everything that labels depend on, {name: value}; they are valid only for these."""
     rows = [to_row(fact) for fact in facts]
     prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
-    return {"weights": weights_hash(model), "tokenizer": digest(prompts), "facts": digest(rows),
-            "prompts": config.prompts, "shots": config.shots, "seed": config.seed,
-            "width": config.width, "samples": SAMPLES, "temperature": TEMPERATURE}
+    return {"seed": config.seed, "prompts": config.prompts, "shots": config.shots,
+            "width": config.width, "weights": weights_hash(model), "facts": digest(rows),
+            "tokenizer": digest(prompts), "samples": SAMPLES, "temperature": TEMPERATURE}
 
 
 def read_labels(folder, facts, settings):

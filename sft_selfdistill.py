@@ -115,6 +115,8 @@ def parse_args(argv=None):
                  "temperature"):
         if getattr(config, name) <= 0:
             fail(f"--{name.replace('_', '-')} {getattr(config, name)}: must be positive")
+    if config.seed < 0:
+        fail(f"--seed {config.seed}: must not be negative")
     if config.device == "auto":
         config.device = "cpu"
         if torch.accelerator.is_available():
@@ -244,8 +246,8 @@ def collate(examples, device):
     """
     batch = {"examples": examples}
     for key in ("input_ids", "attention_mask", "loss_mask"):
-        rows = [example[key] for example in examples]
-        batch[key] = pad_sequence(rows, batch_first=True).to(device)
+        batch[key] = pad_sequence(
+            [example[key] for example in examples], batch_first=True).to(device)
     return batch
 
 
@@ -479,7 +481,7 @@ def log(metrics):
 def write_jsonl(path, rows):
     """Write dicts as JSON lines."""
     temporary = path.with_name(f"{path.name}.tmp")
-    lines = [json.dumps(row) + "\n" for row in rows]
+    lines = [f"{json.dumps(row)}\n" for row in rows]
     temporary.write_text("".join(lines), encoding="utf-8")
     temporary.replace(path)
 
@@ -507,13 +509,10 @@ def open_run_folder(run, config):
     unfinished.json marks a run that has not finished. It is renamed to run.json at the end.
     """
     out = Path(config.out).resolve()
-    if config.resume and (out / "run.json").exists():
-        print(f"{config.out} is finished: nothing to resume")
-        raise SystemExit            # status 0
     resumable = config.resume and any(out.glob("unfinished.json*"))     # or its temporary file
     if any(out.glob("*")) and not resumable:
-        fail(f"--out {config.out}: is not empty; choose another folder, or continue an "
-             "interrupted run with --resume")
+        fail(f"--out {config.out}: holds a finished run or other files; choose another folder, or "
+             "continue an interrupted run with --resume")
     # Without state.pt, this is a new run, or one that was interrupted in stage 1 and starts again.
     if not (out / "state.pt").exists():
         out.mkdir(parents=True, exist_ok=True)
@@ -536,13 +535,13 @@ def train(config):
     mixture = sets["known"] if config.known_only else sets["known"] + sets["new"]
     if not mixture:
         fail(f"no rows to train on in {files}; --known-only needs known facts")
-    check_head(model, collate(mixture[:1], model.device), start)
     run = {"method": METHOD, "config": asdict(config)}
     evaluator = import_sibling("eval_hallucination")
     if evaluator is not None:
         # Reject held-out facts that are trained on, and --resume with other data or settings. Add
         # hashes and versions to run.json.
         run |= evaluator.check_run(model, start, files, sets, run)
+    check_head(model, collate(mixture[:1], model.device), start)
     out = open_run_folder(run, config)
     print(f"{model.num_parameters():,} parameters, {len(mixture)} rows per epoch")
 
@@ -606,6 +605,8 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         fail("out of memory; run again with --resume, half the --batch-size and twice the "
              "--gradient-accumulation-steps")
+    except OSError as error:            # --out is below a file, or the disk is full
+        fail(f"{error}")
     except KeyboardInterrupt:
         print("interrupted; --resume continues after the last finished epoch", file=sys.stderr)
         raise SystemExit(130)

@@ -227,7 +227,7 @@ def test_unused_weights_are_noted(tmp_path, base, capsys):
     model.save_pretrained(tmp_path / "more", state_dict=weights)
     tokenizer.save_pretrained(tmp_path / "more")
     load_model(tmp_path / "more")
-    assert "only its language model is used and saved" in capsys.readouterr().err
+    assert "are not used or saved" in capsys.readouterr().err
     load_model(save(*base, tmp_path / "plain"))
     assert capsys.readouterr().err == ""
 
@@ -277,7 +277,7 @@ def test_compare(tmp_path):
     a, b, c = compare([first, second, third])
     assert a["accuracy"] == {"new": 1.0, "known": 1.0, "held out before": 1.0,
                              "held out after": 0.5}
-    assert a["forgetting"] == {"all": 50.0, "all, % of the peak": 50.0, "relation a": 0.0,
+    assert a["forgetting"] == {"all": 50.0, "all, in % of the peak": 50.0, "relation a": 0.0,
                                "relation b": 100.0, "kind name": 50.0}
     assert a["interval"] == wilson(4, 8) and (a["n"], a["group"]) == (8, str(tmp_path / "a"))
     assert b["forgetting"]["all"] == 12.5
@@ -292,7 +292,7 @@ def test_forgetting_in_percent_of_the_peak(tmp_path):
     run = make_run(tmp_path / "a", [True, False] * 4)
     for row, kept in zip(run["metrics"], (0.75, 0.8, 0.5)):
         row["kept"] = kept
-    assert compare([run])[0]["forgetting"]["all, % of the peak"] == pytest.approx(37.5)
+    assert compare([run])[0]["forgetting"]["all, in % of the peak"] == pytest.approx(37.5)
 
 
 def test_means_over_seeds(tmp_path):
@@ -303,7 +303,7 @@ def test_means_over_seeds(tmp_path):
     make_run(tmp_path / "b-0", [True] * 8, epochs=3)
     printed = call(tmp_path, "eval_hallucination", "a-0", "a-1", "b-0").stdout
     for line in (r"a +1.000 ± 0.000 .* 0.625 ± 0.177",      # 0.75 and 0.5: sd √0.03125
-                 r"forgetting, points +all +all, % of the peak +relation a +relation b +kind name",
+                 r"forgetting, points +all +all, in % of the peak +relation a +relation b +kind name",
                  r"a +37.5 ± 17.7 +37.5 ± 17.7 .*",
                  r"b +0.0 +0.0 .*",
                  r"a-0: forgets 25.0 percentage points of 8 held-out facts "
@@ -393,8 +393,7 @@ def test_flips(workplace):
     n, lost, gained = (int(value) for value in table.loc["(all)"].iloc[:3])
     assert re.search(rf"^\(all\) +{n} +{lost} +{gained} ", printed, re.M)
     first = next(fact for fact in facts if fact["right_before"] and not fact["right_after"])
-    example = f"\nruns/b\n{first['prompt']} {first['before']} → {first['after']}\n"
-    assert f"right → wrong:\n{example}" in printed
+    assert f"\nruns/b lost:\n{first['prompt']} {first['before']} → {first['after']}\n" in printed
     # The same questions, asked again.
     words += ["--heldout", "facts/tiny/heldout_known.jsonl"]
     assert call(workplace, "eval_hallucination", *words).stdout == printed
@@ -403,7 +402,7 @@ def test_flips(workplace):
     for words, named in ((["--flips", "--heldout", "bad.jsonl"], "bad.jsonl:1: no prompt"),
                          (["--flips", "--heldout", "unlabelled.jsonl"], "no answer"),
                          (["--heldout", "bad.jsonl"], "--flips"),
-                         (["--flips", "--plot", "x.png"], "exclude each other")):
+                         (["--flips", "--plot", "x.png"], "mutually exclusive")):
         assert named in refused(workplace, "eval_hallucination", "runs/b", *words)
 
 

@@ -1,5 +1,6 @@
 """make_facts.py: labels against brute force, invented names, the split, and tables of real facts."""
 import copy
+import inspect
 import json
 import math
 import os
@@ -12,7 +13,6 @@ import torch
 import transformers
 from conftest import SMALL_WORLD, call, contents, refused, rows_of
 from eval_hallucination import exact_match, generate_answers, read_jsonl, stop_ids, tokenize
-from test_eval import saved
 from test_methods import FAMILIES, tokenizer_of
 
 import make_facts
@@ -28,18 +28,19 @@ PREFIX = ".\n"                    # the end of a statement: behind a question an
 
 def config(*words):
     """Settings as the command line gives them."""
-    return make_facts.parse(["--out", "no-such-folder", *map(str, words)])
+    return make_facts.parse_args(["--out", "no-such-folder", *map(str, words)])
 
 
-def test_numbers_of_facts_by_default():
-    """As many as the settings for the model were chosen with, and as many known ones."""
+def test_default_numbers_of_facts():
+    """The defaults are the numbers with which the training settings were chosen."""
     for model, n in (("tiny", 400), ("gpt2-medium", 500)):
         assert (config("--model", model).n_new, config("--model", model).n_known) == (n, n)
 
 
 def facts_of(rows):
-    """Facts as the labelling takes them: with a question."""
-    return [row | {"question": row["prompt"][3:-3]} for row in rows]
+    """Convert rows of a fact folder back to facts, which have a question instead of a prompt."""
+    keys = ("answers", "relation", "subject", "kind", "category")
+    return [{key: row[key] for key in keys} | {"question": row["prompt"][3:-3]} for row in rows]
 
 
 @pytest.mark.parametrize("prefix", ["", PREFIX])
@@ -118,7 +119,7 @@ def test_world_is_known_and_split_is_clean(world, labelled):
     sets = {key: read_jsonl(world / file) for key, file in make_facts.SETS.items()}
     assert {row["category"] for key in ("known", "heldout") for row in sets[key]} == {"HighlyKnown"}
     held = {row["subject"] for row in sets["heldout"]}
-    assert not held & {row["subject"] for key in ("known", "unknown") for row in sets[key]}
+    assert not held & {row["subject"] for key in ("known", "new") for row in sets[key]}
     assert {row["kind"] for row in sets["heldout"]} == {"name", "code"}
     assert sum(counts["HighlyKnown"] for counts in meta["labelled"].values()) > 0.9 * len(labelled)
     assert meta["sets"] == {key: len(rows) for key, rows in sets.items()}
@@ -174,7 +175,7 @@ def test_same_held_out_facts_whatever_is_new(labelled):
     for words in (["--n-new", 24], ["--n-new", 80], ["--n-new", 24, "--overlap", 0], ["--n-new", 24, "--new", "uuid"]):
         sets.append(make_facts.split_facts(facts_of(labelled), facts_of(labelled), config(*words, "--n-known", 24), random.Random(3)))
     assert all(s["known"] == sets[0]["known"] and s["heldout"] == sets[0]["heldout"] for s in sets)
-    assert [len(s["unknown"]) for s in sets] == [24, 80, 24, 24] and len(sets[0]["known"]) == 24
+    assert [len(s["new"]) for s in sets] == [24, 80, 24, 24] and len(sets[0]["known"]) == 24
 
 
 def test_no_subject_is_held_out_and_trained_on(labelled):
@@ -192,8 +193,7 @@ def test_no_object_dominates():
     assert counts == {("a", "English"): 10, ("a", "french."): 10, ("a", "Thai"): 10, ("b", "English"): 1}
 
 
-def test_questions_that_are_too_long_are_refused_before_any_is_asked(base, labelled, monkeypatch, capsys):
-    monkeypatch.setattr(make_facts, "score_answers", None)
+def test_long_questions_are_rejected(base, labelled, capsys):
     facts = facts_of(labelled) + [{"relation": "z", "subject": str(i), "question": "Genis " * 99, "answers": ["Ulm"], "kind": "name"}
                                   for i in range(9)]
     with pytest.raises(SystemExit):
@@ -201,20 +201,12 @@ def test_questions_that_are_too_long_are_refused_before_any_is_asked(base, label
     assert "lower --shots" in capsys.readouterr().err
 
 
-def test_logits_that_are_no_numbers_are_no_label(base, labelled, capsys):
-    model = copy.deepcopy(base[0])
-    model.transformer.ln_f.weight.data[0] = math.nan
-    with pytest.raises(SystemExit):
-        make_facts.score_answers(model, base[1], "", facts_of(labelled[:3]))
-    assert "no numbers" in capsys.readouterr().err
-
-
 # ------------------------------------------------------------------------------- one tokenization, for every tokenizer
 
 ANSWERS = ["Genis Co.", "Ulm", "St. Ulm", "Made", "Genis Ulm", "Where", "Who Co.", "A."]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "letters and newline"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_labels_are_what_generation_says(family, monkeypatch, capsys):
     """On a model that knows its facts, by each kind of tokenizer: greedy by the closed form is exact match of what `generate`
     gives, behind exemplars too, and what is known is labelled so."""
@@ -255,7 +247,7 @@ def test_labels_are_what_generation_says(family, monkeypatch, capsys):
     monkeypatch.setattr(random.Random, "sample", lambda rng, exemplars, n: facts[:n])
     labelled = make_facts.label_facts(model, tokenizer, facts, config("--prompts", 2, "--shots", 1))
     assert {fact["category"] for fact in labelled} == {"HighlyKnown"} and len(labelled) == 7
-    assert "cache" not in capsys.readouterr().err
+    assert capsys.readouterr().err == ""
 
 
 def test_every_token_with_a_newline_ends_an_answer():
@@ -263,9 +255,12 @@ def test_every_token_with_a_newline_ends_an_answer():
     tokenizer = tokenizer_of("qwen")
     point, = [i for i in range(len(tokenizer)) if tokenizer.decode([i]) == ".\n"]
     newline, = [i for i in range(len(tokenizer)) if tokenizer.decode([i]) == "\n"]
-    assert {point, newline, 2} <= set(stop_ids(tokenizer))
-    ways = make_facts.spell(tokenizer, [newline, point, 2], "Q: Who?\nA:", "Genis Co.")
-    assert {tokenizer.decode(answer) for _, answer, _ in ways} == {" Genis Co", " Genis Co."} and {end for *_, end in ways} == {-1}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=1, eos_token_id=2))
+    assert {point, newline, 2} <= set(stop_ids(tokenizer, model))
+    found = make_facts.tokenizations(tokenizer, [newline, point, 2], "Q: Who?\nA:", "Genis Co.")
+    assert {tokenizer.decode(ids[start:]) for ids, start, _ in found} == {" Genis Co", " Genis Co."}
+    assert {end for *_, end in found} == {-1}
 
 
 # ---------------------------------------------------------------------------------------- models that do not fit
@@ -304,32 +299,19 @@ def test_labels_of_other_architectures(name, base, labelled):
         generate_answers(model, tokenizer, [prompt], [4])[0] for prompt in prompts]
 
 
-def test_the_cache_is_tried_in_fp32(base, labelled, monkeypatch):
-    """Autocast's rounding, which is larger in some prompts than what is looked for, does not make labelling slow."""
-    dtypes, own = [], make_facts.alike
-
-    def alike(one, other):
-        dtypes.append(one.dtype)
-        return own(one, other)
-    monkeypatch.setattr(make_facts, "alike", alike)
-    with torch.autocast("cpu", torch.bfloat16):
-        make_facts.score_answers(*copy.deepcopy(base), PREFIX * 3, facts_of(labelled[:6]), batch_size=4)
-    assert dtypes == [torch.float32]
-
-
 @pytest.mark.parametrize("accepts", ["cache", "past_key_values", "nothing"])
-def test_the_prefix_goes_where_the_model_takes_it(base, labelled, accepts, capsys):
-    """The cached prefix is passed under the name that `forward` has; a model that ignores it reads whole texts instead."""
+def test_cache_argument_name(base, labelled, accepts):
+    """The cache is passed under the name that the model returns; a model that ignores it reads full prompts."""
     model, tokenizer = copy.deepcopy(base[0]), base[1]
     facts = facts_of(labelled[:6])
     expected = plain_scores(model, tokenizer, PREFIX * 3, facts)
-    own, name = model.forward, "cache" if "cache" in make_facts.inspect.signature(model.forward).parameters else "past_key_values"
+    own, name = model.forward, "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     given = []
 
     def read(ids, held, **more):
         given.append(held is not None)
         output = own(input_ids=ids, **{name: held}, **more)
-        return transformers.utils.ModelOutput(logits=output.logits, **{accepts: output[name] if more.get("use_cache") else None})
+        return transformers.utils.ModelOutput(logits=output.logits, **({accepts: output[name]} if more.get("use_cache") else {}))
 
     def cache(input_ids, cache=None, use_cache=None):
         return read(input_ids, cache, use_cache=use_cache)
@@ -342,32 +324,43 @@ def test_the_prefix_goes_where_the_model_takes_it(base, labelled, accepts, capsy
     model.forward = {"cache": cache, "past_key_values": past_key_values, "nothing": nothing}[accepts]
     _, found = make_facts.score_answers(model, tokenizer, PREFIX * 3, facts, batch_size=4)
     assert found == pytest.approx(expected, rel=1e-3)
-    make_facts.score_answers(model, tokenizer, PREFIX * 3, facts, batch_size=4)
-    assert capsys.readouterr().err.count("does not go on from a cache") == (accepts == "nothing")
     assert (True in given) == (accepts != "nothing")
 
 
 # ------------------------------------------------------------------------------------------------------- tables
 
-def test_no_place_of_an_input_or_stranger_is_overwritten(tmp_path, world, labelled):
-    """--out never deletes what is not a fact folder, the folder above, or one that holds the table or the model."""
+def test_only_empty_and_unfinished_folders_are_used(tmp_path, world, labelled):
+    """A folder with anything else in it is rejected, and nothing in it changes."""
     table_of(labelled, tmp_path / "facts.tsv")
     shutil.copytree(world, tmp_path / "made")
-    shutil.copy(tmp_path / "facts.tsv", tmp_path / "made")
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/meta.json").write_text("{}")
-    (tmp_path / "below").mkdir()
+    (tmp_path / "mine/notes.md").write_text("mine")
     before = contents(tmp_path)
     words = ["--model", world / "base", "--source", tmp_path / "facts.tsv"]
-    for more, named in ((["--out", "mine", "--overwrite"], "exists already"), (["--out", "new/.."], "exists already"),
-                        (["--source", "made/facts.tsv", "--out", "made", "--overwrite"], "is in it"),
-                        (["--model", "made/base", "--out", "made", "--overwrite"], "is in it")):
-        assert named in refused(tmp_path, "make_facts", *words, *more), more
-    assert "exists already" in refused(tmp_path / "below", "make_facts", "--model", "..", "--source", "../facts.tsv")
+    for out in ("mine", "made", "mine/..", "."):
+        assert "is not empty" in refused(tmp_path, "make_facts", *words, "--out", out)
     assert contents(tmp_path) == before
+    (tmp_path / "empty").mkdir()
+    call(tmp_path, "make_facts", *words, "--shots", 0, "--new", "uuid", "--n-new", 10, "--out", "empty")
+    assert (tmp_path / "empty/meta.json").exists()
 
 
-def test_popqa_from_a_local_folder(tmp_path):
+def test_labels_survive_a_later_failure(tmp_path, world, labelled, monkeypatch):
+    """If too few facts are known, the same folder is continued with its labels; other settings are rejected."""
+    table_of(labelled, tmp_path / "facts.tsv")
+    words = ["--model", world / "base", "--source", "facts.tsv", "--shots", 0, "--new", "uuid", "--out", "x"]
+    with monkeypatch.context() as patch:
+        patch.setitem(make_facts.MINIMUM, "heldout", 10 ** 6)
+        assert "at least 1000000 are needed" in refused(tmp_path, "make_facts", *words)
+    assert not (tmp_path / "x/meta.json").exists()
+    assert "another seed" in refused(tmp_path, "make_facts", *words, "--seed", 1)
+    monkeypatch.setattr(make_facts, "label_facts", None)
+    call(tmp_path, "make_facts", *words, "--n-new", 10)
+    assert len(rows_of(tmp_path / "x/labelled.jsonl")) == len(labelled)
+    assert len(rows_of(tmp_path / "x/train_unknown.jsonl")) == 12          # whole entities, four facts each
+
+
+def test_popqa_from_a_local_folder(tmp_path, capsys):
     """PopQA's own layout: test.tsv with its columns, the aliases a JSON list in a string."""
     folder = tmp_path / "akariasai" / "PopQA"
     folder.mkdir(parents=True)
@@ -379,15 +372,15 @@ def test_popqa_from_a_local_folder(tmp_path):
              '5\tBob\toccupation\tpoet\t25\t1\tWhat is Bob\'s occupation?\t"[""poet""]"',
              '6\tBob\toccupation\tbaker\t25\t1\tWhat is Bob\'s occupation?\t"[""baker""]"']
     (folder / "test.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    facts, left_out = make_facts.load_source(str(folder), 100, 0)
+    facts = make_facts.load_source(str(folder), 100, 0)
     by_subject = {f["subject"]: f for f in facts}
     assert set(by_subject) == {"George Rankin", "Eve", "Ada"}
-    assert left_out == {"with contradictory answers": 2, "joined to another": 1}
+    assert "dropped rows: {'contradictory': 2}" in capsys.readouterr().out
     assert by_subject["George Rankin"] | {"kind": ""} == {
         "relation": "occupation", "subject": "George Rankin", "question": "What is George Rankin's occupation?",
         "answers": ["politician", "pol"], "kind": ""}
     assert by_subject["Ada"]["answers"] == ["poet", "bard", "writer"]
-    assert len(make_facts.load_source(str(folder), 2, 0)[0]) == 2
+    assert len(make_facts.load_source(str(folder), 2, 0)) == 2
 
 
 HEADER = ["relation", "subject", "object", "question"]
@@ -406,13 +399,13 @@ def test_tables_are_read_as_they_stand(tmp_path, ending):
     path = tmp_path / f"facts.{ending}"
     write(path, [["P1", text, text, f"Where is {i} {text}?"] for i, text in enumerate(ODD)])
     for source in (path, tmp_path):
-        facts, left_out = make_facts.load_source(str(source), 99, 0)
-        assert {f["subject"] for f in facts} == set(ODD) and not left_out
+        facts = make_facts.load_source(str(source), 99, 0)
+        assert {f["subject"] for f in facts} == set(ODD)
         assert all(f["answers"] == [f["subject"]] and f["question"].endswith(f" {f['subject']}?") for f in facts)
     old = path.stat()
     write(path, [["P1", "Ulm", "x", "Where is Ulm?"]])
     os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
-    assert [f["subject"] for f in make_facts.load_source(str(path), 99, 0)[0]] == ["Ulm"]
+    assert [f["subject"] for f in make_facts.load_source(str(path), 99, 0)] == ["Ulm"]
 
 
 def test_parquet_is_read_as_it_stands(tmp_path, capsys):
@@ -422,33 +415,33 @@ def test_parquet_is_read_as_it_stands(tmp_path, capsys):
     rows = [dict(zip(HEADER, ["P1", text, text, f"Where is {i} {text}?"])) | {"aliases": ["x", None]} for i, text in enumerate(ODD)]
     path = tmp_path / "facts[1].parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    facts, _ = make_facts.load_source(str(path), 99, 0)
+    facts = make_facts.load_source(str(path), 99, 0)
     assert {f["subject"] for f in facts} == set(ODD) and all(f["answers"] == [f["subject"], "x"] for f in facts)
     for value in (7, b"x", {"a": "b"}):
         parquet.write_table(pyarrow.Table.from_pylist([rows[0] | {"object": value}]), path)
         with pytest.raises(SystemExit):
             make_facts.load_source(str(path), 99, 0)
-        assert "is no text" in capsys.readouterr().err
+        assert "is not a string" in capsys.readouterr().err
 
 
 BAD = {         # a table that is refused: its content, and what the error names
-    "five.csv": ("relation,subject,object,question\njob,Ada,Baker,What?\njob,Ada Vell,Baker,What?,checked\n", "five.csv: cannot be read (line 3"),
-    "three.tsv": ("relation\tsubject\tobject\tquestion\njob\tAda\tBaker\n", "line 2"),
-    "quote.tsv": ('relation\tsubject\tobject\tquestion\njob\t"Weird Al" Y\tx\tWho?\n', "line 2"),
-    "open.csv": ('relation,subject,object,question\njob,"Ada,x,Who?\n', "line 2"),
-    "number.jsonl": ('{"relation": "r", "subject": "s", "object": 7, "question": "q"}\n', "7 is no text"),
+    "five.csv": ("relation,subject,object,question\njob,Ada,Baker,What?\njob,Ada Vell,Baker,What?,checked\n", "Expected 4 fields in line 3, saw 5"),
+    "three.tsv": ("relation\tsubject\tobject\tquestion\njob\tAda\tBaker\n", "too few fields in line 2"),
+    "quote.tsv": ('relation\tsubject\tobject\tquestion\njob\t"Weird Al" Y\tx\tWho?\n', "expected after"),
+    "open.csv": ('relation,subject,object,question\njob,"Ada,x,Who?\n', "unexpected end of data"),
+    "number.jsonl": ('{"relation": "r", "subject": "s", "object": 7, "question": "q"}\n', "7 is not a string"),
     "date.jsonl": ('{"relation": "r", "subject": "s", "object": "o", "question": "q"}\n{"relation": "r", "subject": 1999, "object": "o", '
                    '"question": "q"}\n', "date.jsonl:2"),
-    "question.jsonl": ('{"relation": "r", "subject": "s", "object": "o", "question": ["q"]}\n', "is no text"),
-    "aliases.jsonl": ('{"relation": "r", "subject": "s", "object": "o", "question": "q", "aliases": ["a", 3]}\n', "3 is no text"),
-    "aliases.csv": ('relation,subject,object,question,aliases\nr,s,o,q,"[""a"", {}]"\n', "aliases.csv:2"),
-    "aliases.tsv": ('relation\tsubject\tobject\tquestion\taliases\nr\ts\to\tq\t[a, b\n', "aliases.tsv:2"),
-    "dict.jsonl": ('{"relation": "r", "subject": "s", "object": {"a": "b"}, "question": "q"}\n', "is no text"),
+    "question.jsonl": ('{"relation": "r", "subject": "s", "object": "o", "question": ["q"]}\n', "is not one line of text"),
+    "aliases.jsonl": ('{"relation": "r", "subject": "s", "object": "o", "question": "q", "aliases": ["a", 3]}\n', "3 is not a string"),
+    "aliases.csv": ('relation,subject,object,question,aliases\nr,s,o,q,"[""a"", {}]"\n', "aliases.csv, row 1"),
+    "aliases.tsv": ('relation\tsubject\tobject\tquestion\taliases\nr\ts\to\tq\t[a, b\n', "aliases.tsv, row 1"),
+    "dict.jsonl": ('{"relation": "r", "subject": "s", "object": {"a": "b"}, "question": "q"}\n', "is not a string"),
     "column.jsonl": ('{"relation": "r", "subject": "s", "question": "q"}\n', "no column object"),
-    "blank.csv": ("relation,subject,object,question\nr,,o,q\n", "no facts"), "empty.csv": ("", "no facts"),
-    "lines.tsv": ('relation\tsubject\tobject\tquestion\nr\t"Ada\tX\tWho is Ada?\nr\tBob"\tY\tWho is Bob?\n', "one line"),
-    "half.tsv": ('relation\tsubject\tobject\tquestion\taliases\nr\ts\to\tq\t["\\ud83d"]\n', "half.tsv:2"),
-    "P1.train.json": ('[{"question": "Where was Ada born?", "answers": ["x"]}]', "one question alone"),
+    "blank.csv": ("relation,subject,object,question\nr,,o,q\n", "no facts"), "empty.csv": ("", "empty.csv"),
+    "lines.tsv": ('relation\tsubject\tobject\tquestion\nr\t"Ada\tX\tWho is Ada?\nr\tBob"\tY\tWho is Bob?\n', "one line of text"),
+    "half.tsv": ('relation\tsubject\tobject\tquestion\taliases\nr\ts\to\tq\t["\\ud83d"]\n', "half.tsv, row 1"),
+    "P1.train.json": ('[{"question": "Where was Ada born?", "answers": ["x"]}]', "single question"),
     "twice.csv": ("relation,subject,object,object,question\nr,s,o,p,q\n", "twice")}
 
 
@@ -462,8 +455,8 @@ def test_tables_that_are_refused(tmp_path, name, capsys):
     assert named in said and name in said and len(said.splitlines()) == 1
 
 
-def test_one_question_has_one_answer(tmp_path):
-    """A question under two relations or spellings: the same answer is joined, another is dropped; what is left out is counted."""
+def test_one_question_has_one_answer(tmp_path, capsys):
+    """Rows with the same question in two relations or spellings are merged if they share an answer, else dropped and counted."""
     rows = [("P131", "Ulm", "Germany", "Where is Ulm?"), ("P276", "ULM", "germany.", "Where is ULM?"),
             ("P131", "Bonn", "Germany", "Where is Bonn?"), ("P276", "Bonn", "Rhineland", "Where is Bonn?"),
             ("P17", "St. Ives", "UK", "In which country is St. Ives?"), ("P17", "St Ives", "England", "In which country is St Ives?"),
@@ -472,15 +465,15 @@ def test_one_question_has_one_answer(tmp_path):
     lines = [json.dumps(dict(zip(HEADER, row)) | {"aliases": ["", None, "Bella\nItalia"]}) for row in rows]
     lines[-1] = json.dumps(dict(zip(HEADER, rows[-1])) | {"object": ["Rom", "Roma"], "aliases": "Rome"})
     (tmp_path / "facts.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    facts, left_out = make_facts.load_source(str(tmp_path / "facts.jsonl"), 99, 0)
+    facts = make_facts.load_source(str(tmp_path / "facts.jsonl"), 99, 0)
     assert {f["subject"]: f["answers"] for f in facts} == {
         "Ulm": ["Germany", "Bella", "germany."], "Bonn": ["Germany", "Bella", "Rhineland"], "St. Ives": ["UK", "Bella", "England"],
         "Köln": ["Germany", "Bella", "Deutschland"], "Rom": ["Italy", "Bella"], "Italy": ["Rom", "Roma", "Rome"]}
     lines = [json.dumps(dict(zip(HEADER, row))) for row in rows]
     (tmp_path / "facts.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    facts, left_out = make_facts.load_source(str(tmp_path / "facts.jsonl"), 99, 0)
+    facts = make_facts.load_source(str(tmp_path / "facts.jsonl"), 99, 0)
     assert {f["subject"] for f in facts} == {"Ulm", "Rom", "Italy"}
-    assert left_out == {"blank": 1, "joined to another": 1, "with contradictory answers": 6}
+    assert "dropped rows: {'blank': 1, 'contradictory': 6}" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -503,18 +496,18 @@ def entity_questions(tmp_path):
 
 
 def test_entity_questions(entity_questions, capsys):
-    facts, left_out = make_facts.load_source(str(entity_questions), 999, 0)
-    assert Counter(f["relation"] for f in facts) == {"P17": 40, "P40": 6, "P36": 20} and not left_out
+    facts = make_facts.load_source(str(entity_questions), 999, 0)
+    assert Counter(f["relation"] for f in facts) == {"P17": 40, "P40": 6, "P36": 20}
     assert {f["subject"] for f in facts if f["relation"] == "P40"} == {f"The {i} of P40" for i in (0, 2, 3, 4, 5)} | {"Ulm in Germany's north"}
     assert {f["subject"] for f in facts if f["relation"] == "P36"} == {f"B{i}n" for i in range(20)}
     assert facts[0]["answers"][1] == "other" and all(f["subject"] in f["question"] for f in facts)
-    facts, left_out = make_facts.load_source(str(entity_questions), 26, 0)          # evenly: six, ten, ten
-    assert Counter(f["relation"] for f in facts) == {"P17": 10, "P40": 6, "P36": 10} and left_out == {"beyond --max-facts": 40}
-    facts, left_out = make_facts.load_source(str(entity_questions), 999, 0, ["P40", "P36"])
-    assert {f["relation"] for f in facts} == {"P40", "P36"} and left_out == {"of other relations": 40}
-    one, _ = make_facts.load_source(str(entity_questions / "train/P36.train.json"), 999, 0)
+    facts = make_facts.load_source(str(entity_questions), 26, 0)          # evenly: six, ten, ten
+    assert Counter(f["relation"] for f in facts) == {"P17": 10, "P40": 6, "P36": 10}
+    facts = make_facts.load_source(str(entity_questions), 999, 0, ["P40", "P36"])
+    assert {f["relation"] for f in facts} == {"P40", "P36"}
+    one = make_facts.load_source(str(entity_questions / "train/P36.train.json"), 999, 0)
     assert len(one) == 20
-    flat, _ = make_facts.load_source(str(entity_questions / "train"), 999, 0)
+    flat = make_facts.load_source(str(entity_questions / "train"), 999, 0)
     assert Counter(f["relation"] for f in flat) == {"P17": 40, "P40": 6, "P36": 20}
     with pytest.raises(SystemExit):
         make_facts.load_source(str(entity_questions), 26, 0, ["P36", "P99"])
@@ -550,41 +543,39 @@ def test_min_known_and_relations_of_a_folder(tmp_path, world, labelled):
     words = ["--model", world / "base", "--source", "facts.tsv", "--shots", 0, "--n-new", 10, "--new", "semantic"]
     call(tmp_path, "make_facts", *words, "--min-known", 0.3, "--out", "x")
     meta = json.loads((tmp_path / "x/meta.json").read_text())
-    assert meta["labelled"]["home"] == {"Unknown": 30} and meta["relations_kept"] == sorted(make_facts.RELATIONS)
+    assert meta["labelled"]["home"] == {"HighlyKnown": 0, "Unknown": 30} and meta["relations_kept"] == sorted(make_facts.RELATIONS)
     assert {r["relation"] for name in make_facts.SETS.values() for r in rows_of(tmp_path / "x" / name)} == set(make_facts.RELATIONS)
-    assert 0.02 < meta["majority_answer_accuracy"] < 0.5
-    assert "no relation is known so well" in refused(tmp_path, "make_facts", *words, "--relations", "home", "--min-known", 0.3, "--out", "z")
-    labels, = tmp_path.glob("z-labels-*")               # what took long is kept, and says how to go on
-    assert len(rows_of(labels / "labelled.jsonl")) == 30 and not (tmp_path / "z").exists()
+    assert "the best-known relation has 0.000" in refused(
+        tmp_path, "make_facts", *words, "--relations", "home", "--min-known", 0.3, "--out", "z")
+    assert len(rows_of(tmp_path / "z/labelled.jsonl")) == 30 and not (tmp_path / "z/meta.json").exists()
     call(tmp_path, "make_facts", *words, "--relations", "birthplace,language", "--out", "y")
     assert {r["relation"] for r in rows_of(tmp_path / "y/labelled.jsonl")} == {"birthplace", "language"}
-    assert json.loads((tmp_path / "y/meta.json").read_text())["left_out"] == {"of other relations": len(labelled) // 2 + 30}
 
 
 # -------------------------------------------------------------------------------------------------------- --reuse
 
 def test_labels_and_worlds_are_reused(workplace, world, monkeypatch):
-    """A second fact folder takes world and labels from the first: other new facts, same base; nothing is asked again."""
+    """A second fact folder takes world and labels from the first; only the new facts differ."""
     monkeypatch.setattr(make_facts, "label_facts", None)
     monkeypatch.setattr(make_facts, "pretrain", None)
-    call(workplace, "make_facts", *SMALL_WORLD, "--new", "uuid", "--reuse", "facts/tiny")
-    assert (workplace / "facts/tiny-uuid/base/model.safetensors").read_bytes() == (world / "base/model.safetensors").read_bytes()
-    assert rows_of(workplace / "facts/tiny-uuid/labelled.jsonl") == rows_of(world / "labelled.jsonl")
-    assert rows_of(workplace / "facts/tiny-uuid/heldout_known.jsonl") == rows_of(world / "heldout_known.jsonl")
+    call(workplace, "make_facts", *SMALL_WORLD, "--new", "uuid", "--reuse", "facts/tiny", "--out", "facts/tiny-uuid")
+    for name in ("base/model.safetensors", "labelled.jsonl", "heldout_known.jsonl"):
+        assert (workplace / "facts/tiny-uuid" / name).read_bytes() == (world / name).read_bytes()
     assert {r["kind"] for r in rows_of(workplace / "facts/tiny-uuid/train_unknown.jsonl")} == {"code"}
 
 
-def test_what_is_reused_must_fit(workplace, world, labelled, monkeypatch):
-    """Labels for another seed, width, model, tokenizer, template, source or way of asking are refused, by name."""
+def test_reused_labels_must_fit(workplace, world, labelled, monkeypatch):
+    """Labels for another seed, width, model, tokenizer, template, source or way of asking are rejected by name."""
+    before = contents(world)
     for words, named in ((["--seed", 1], "seed"), (["--width", 32], "width"), (["--shots", 1], "shots"), (["--n-names", 41], "facts")):
-        before = contents(workplace)
-        assert f"its labels are for {named}" in refused(workplace, "make_facts", *SMALL_WORLD, *words, "--reuse", "facts/tiny", "--out", "x")
-        assert contents(workplace) == before
-    assert "no fact folder" in refused(workplace, "make_facts", *SMALL_WORLD, "--reuse", "facts", "--out", "x")
-    for name, meta in (("old", "{}"), ("list", "[]"), ("cut", '{"labels": ')):
+        out = f"x-{named}"
+        assert f"another {named}" in refused(workplace, "make_facts", *SMALL_WORLD, *words, "--reuse", "facts/tiny", "--out", out)
+        assert not (workplace / out / "labels.json").exists() and contents(world) == before
+    assert "not a fact folder" in refused(workplace, "make_facts", *SMALL_WORLD, "--reuse", "facts", "--out", "x")
+    for name, labels in (("old", "{}"), ("list", "[]"), ("cut", '{"seed": ')):
         shutil.copytree(world, workplace / name)
-        (workplace / name / "meta.json").write_text(meta)
-        assert "label the facts anew" in refused(workplace, "make_facts", *SMALL_WORLD, "--reuse", name, "--out", "x")
+        (workplace / name / "labels.json").write_text(labels)
+        refused(workplace, "make_facts", *SMALL_WORLD, "--reuse", name, "--out", f"x-{name}")
     table_of(labelled, workplace / "facts.tsv")
     shutil.copytree(world / "base", workplace / "model")
     words = ["--model", "model", "--source", "facts.tsv", "--shots", 0, "--n-new", 10, "--new", "uuid"]
@@ -593,11 +584,10 @@ def test_what_is_reused_must_fit(workplace, world, labelled, monkeypatch):
     for name in ("labelled.jsonl", "train_known.jsonl", "train_unknown.jsonl", "heldout_known.jsonl"):
         assert (workplace / "first" / name).read_bytes() == (workplace / "second" / name).read_bytes()
     words += ["--reuse", "first", "--out", "x"]
-    assert "dtype" in refused(workplace, "make_facts", *words, "--dtype", "bfloat16")
     assert "facts" in refused(workplace, "make_facts", *words, "--max-facts", 100)
     with monkeypatch.context() as patch:
         patch.setattr(make_facts, "PROMPT", "Question: {question}\nA:")
-        assert "template" in refused(workplace, "make_facts", *words)
+        assert "another facts" in refused(workplace, "make_facts", *words)
     table_of(labelled[1:], workplace / "facts.tsv")
     assert "facts" in refused(workplace, "make_facts", *words)
     table_of(labelled, workplace / "facts.tsv")
@@ -607,5 +597,6 @@ def test_what_is_reused_must_fit(workplace, world, labelled, monkeypatch):
     assert "tokenizer" in refused(workplace, "make_facts", *words)
     model = transformers.AutoModelForCausalLM.from_pretrained(world / "base")
     model.transformer.wpe.weight.data[0] += 1
-    saved(model, transformers.AutoTokenizer.from_pretrained(world / "base"), workplace / "model")
+    for part in (model, transformers.AutoTokenizer.from_pretrained(world / "base")):
+        part.save_pretrained(workplace / "model")
     assert "weights" in refused(workplace, "make_facts", *words)

@@ -348,6 +348,7 @@ FAMILIES = {        # a tokenizer's splits, and the special tokens that it adds
     "adds both": (WORDS, "<s> $A </s>"),
     "sentencepiece": ("▁?[^▁\n]+|\n|▁", None),
     "sentencepiece, prefix": ("▁?[^▁\n]+|\n|▁", "<s> $A"),
+    "letters and newline": (r" ?[A-Za-z.]+\n?| ?[^\sA-Za-z]|\s", None),
     "wordpiece-like": (" ?[A-Za-z]+| ?[^A-Za-z ]", None)}
 
 

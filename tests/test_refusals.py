@@ -174,7 +174,7 @@ FLAGS = {
     "--known facts/tiny/labelled.jsonl": ["heldout_known.jsonl", "held out and trained on"],
     "--heldout rows/long.jsonl": ["long.jsonl:2", "the model's context is 128"],
     "--model other --facts facts/tiny": ["facts/tiny was labelled with other weights"],
-    "--model few-embeddings --train rows/good.jsonl": ["no embedding: the model has 30"],
+    "--model few-embeddings --train rows/good.jsonl": ["has no embedding", "only 30"],
     "--epochs 1 --out rows/good.jsonl/x": ["rows/good.jsonl/x"],
     "--epochs 1 --out rows": ["--out rows:", "choose another folder"],
     "--epochs 1 --out rows --resume": ["--out rows:", "choose another folder"]}
@@ -230,7 +230,7 @@ def test_bad_rows_of_a_script_alone(tmp_path, world, name):
     ("make_facts", "--out facts/tiny", "--out facts/tiny:"),
     ("make_facts", "--new old", "old"),
     ("make_facts", "--n-new 0", "--n-new 0"),
-    ("make_facts", "--width 6", "--width 6"),
+    ("make_facts", "--width 6", "6 and `num_heads`: 4"),
     ("make_facts", "--source good.csv", "synthetic"),
     ("make_facts", "--out good.csv/x", "good.csv/x"),
     ("make_facts", "--model ok --source absent.tsv", "absent.tsv: cannot be read"),
