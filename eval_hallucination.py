@@ -646,8 +646,7 @@ def show(table, runs, n_examples):
         if row["n"]:
             low, high = row["interval"]
             print(f"{row['run']}: forgets {row['forgetting']['all']:.1f} percentage points of "
-                  f"{row['n']} held-out facts (95 % interval of held out after: "
-                  f"{low:.3f}–{high:.3f})")
+                  f"{row['n']} held-out facts; 95 % interval after: {low:.3f}–{high:.3f}")
         if "mcnemar" in row:
             other, b, c, p = row["mcnemar"]
             print(f"  right only in {other}: {b}, right only here: {c} (McNemar p = {p:.1g})")

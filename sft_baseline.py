@@ -396,7 +396,7 @@ def log(metrics):
             digits = 3 if value >= 0.01 else 4
             line += f" | {name} {value:.{digits}f}"
     if "seconds_per_step" in metrics:
-        line += f" | {metrics['seconds_per_step']:.1f} s/step"
+        line += f" | {metrics['seconds_per_step']:.2g} s/step"
     print(line, flush=True)
 
 
