@@ -2,7 +2,7 @@
 
 Score a model on the three sets of a fact folder from make_facts.py:
     python eval_hallucination.py --model runs/selfdistill-tiny-0 --facts facts/tiny
-Compare finished runs of the sft_*.py scripts from their files, and print 5 lost facts of each:
+Compare finished runs of the sft_*.py scripts from their saved files; print 5 lost facts of each:
     python eval_hallucination.py runs/baseline-tiny-0 runs/selfdistill-tiny-0 --show 5
 Plot accuracy by epoch:
     python eval_hallucination.py runs/baseline-tiny-[0-2] runs/selfdistill-tiny-[0-2] --plot a.png
@@ -19,10 +19,10 @@ Score a model from your own code:
 The accuracies (in parentheses: their names in Kaplan et al. 2026, arXiv:2604.15574):
     new         on the new facts that are trained on (factual plasticity)
     known       on the known facts that are trained on (task learning)
-    held out    on known facts that are never trained on (factual stability); "kept" in
-                metrics.jsonl and in the output of the scripts
+    held out    on known facts that are never trained on (factual stability); called "kept" in
+                metrics.jsonl, in plots, and in the output of the sft_*.py scripts
 Stage 1 of a training script teaches the answer format, and stage 2 the new facts. Forgetting is
-the drop of held-out accuracy in stage 2, in percentage points.
+the drop in held-out accuracy during stage 2, in percentage points.
 """
 import argparse
 import functools
@@ -44,7 +44,8 @@ PROMPT = "Q: {question}\nA:"
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 SETS = {"new": "train_unknown.jsonl", "known": "train_known.jsonl",
         "heldout": "heldout_known.jsonl"}
-# Settings that --resume may change and that may differ between averaged runs.
+# Settings that --resume may change and that may differ between averaged runs. The batch size may
+# change only with its product with the accumulation steps, and the content of files is hashed.
 MAY_CHANGE = ["model", "facts", "train", "known", "heldout", "out", "resume", "device",
               "eval_every", "save_every_epoch", "batch_size", "gradient_accumulation_steps"]
 
@@ -91,7 +92,7 @@ def check_row(row, required):
 
 
 def read_jsonl(path, required=()):
-    """Read a JSONL file into a list of dicts; exit with file and line number at a bad row.
+    """Read a JSONL file into a list of dicts; exit with its name and line number if a row is bad.
 
     required: keys that every row must have; `check_row` lists the other checks
     """
@@ -105,10 +106,10 @@ def read_jsonl(path, required=()):
                 rows.append(row)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         fail(f"{path}:{number}: {error} in {line[:80].decode(errors='replace')!r}; each line must "
-             "be a JSON object in UTF-8; prompt and completion are strings, answers a list of "
-             "strings")
+             "be a JSON object in UTF-8; prompt and completion must be strings, and answers a "
+             "string or a list of strings")
     if required and not rows:
-        fail(f"{path}: is empty; each line must be a JSON object with {' and '.join(required)}")
+        fail(f"{path} is empty; it needs JSON objects with {' and '.join(required)}, one per line")
     return rows
 
 
@@ -126,7 +127,7 @@ def normalize(text):
     """Normalize an answer for comparison, as SQuAD does (Rajpurkar et al. 2016, arXiv:1606.05250).
 
     Take the first line, apply Unicode NFKC, lowercase, and remove ASCII punctuation, English
-    articles and extra spaces. If nothing is left, keep the article ("A.") or the punctuation.
+    articles and extra spaces. If that leaves nothing, keep the articles ("A."), or the punctuation.
     """
     line = unicodedata.normalize("NFKC", text).strip().split("\n")[0].strip().lower()
     words = line.translate(NO_PUNCTUATION)
@@ -153,7 +154,7 @@ def accepted_answers(row, special=()):
 
 
 def special_tokens(tokenizer):
-    """Return the strings of the special tokens, which decoding skips, and of EOS (list of str)."""
+    """Return the special tokens, which decoding skips, and EOS, as strings."""
     found = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     return found + to_strings(tokenizer.eos_token)
 
@@ -241,15 +242,15 @@ def encode_prompts(model, tokenizer, prompts, needed):
             ids = ids[-max(1, context - n):]
         encoded.append(ids)
     if truncated:
-        note(f"{truncated} prompts leave no room for an answer: their first tokens are dropped")
+        note(f"{truncated} prompts left too little room for an answer and lost their beginning")
     check_ids(model, encoded)
     return encoded
 
 
 def equal_length_batches(encoded, batch_size):
-    """Split prompts into batches of equal length, longest first; return lists of their indices.
+    """Group prompts with the same number of tokens into batches, longest first; return indices.
 
-    Equal lengths need no padding, which some models, recurrent ones above all, do not ignore.
+    This avoids padding, which some models (recurrent ones above all) do not ignore.
     """
     batches = []
     lengths = pd.Series(map(len, encoded))
@@ -262,9 +263,9 @@ def equal_length_batches(encoded, batch_size):
 def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
     """Generate greedy answers to `prompts`, up to the first newline or EOS; return list of str.
 
-    needed: token budget of each answer (list of int, default 16). All rows share the longest
-    budget. An answer that has not ended by then is marked "[cut off]". Prompts that leave no room
-    for their budget are truncated on the left, with a warning.
+    needed: number of tokens to reserve for each answer (list of int, default 16). A prompt that
+    leaves fewer is truncated on the left, with a warning. All answers may have as many tokens as
+    the longest one needs. An answer that has not ended by then is marked "[cut off]".
     """
     import torch
     from tqdm import tqdm
@@ -277,7 +278,7 @@ def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
     stops = stop_ids(tokenizer, model)
     encoded = encode_prompts(model, tokenizer, prompts, needed)
     # The checkpoint's own settings may sample or penalize repetition, and generate() falls back
-    # on them for every setting it is not given. So replace them temporarily.
+    # to them for every setting it is not given. So replace them temporarily.
     own_settings = model.generation_config
     answers = [""] * len(prompts)
     batches = equal_length_batches(encoded, batch_size)
@@ -363,11 +364,11 @@ def load_model(name, device="cpu"):
         raise
     except Exception as error:          # transformers raises many types
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        fail(f"model {name}: cannot be used on device {device} ({reason}); pass a local folder "
-             "with config.json, model.safetensors and a tokenizer, or the name of a model on the "
-             "hub, which needs a network, and HF_TOKEN if access is restricted")
+        fail(f"model {name} cannot be used on device {device} ({reason}); pass a local folder with "
+             "config.json, model.safetensors and a tokenizer, or a hub name (needs a network, and "
+             "HF_TOKEN for restricted models)")
     if report["unexpected_keys"]:
-        note(f"{name}: weights that are not part of its language model are not used or saved")
+        note(f"{name}: weights outside its language model are not used or saved")
     if not model.generation_config.do_sample:
         # transformers refuses to save sampling settings together with greedy decoding.
         for setting in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
@@ -423,12 +424,13 @@ def run_of(model):
 
 
 def check_run(model, name, files, sets, run):
-    """Reject inputs that would invalidate the measurement; return more entries for run.json.
+    """Exit if inputs would invalidate the measurement; return more entries for run.json.
 
     model, name: the model that training starts from, and its path or hub name
     files: {set: path or None}; sets: {set: list of examples}; run: {"method", "config"}
-    Reject a fact folder labelled with other weights, rows whose answers, subject or relation are
-    not strings, held-out facts that are trained on, and --resume with other settings.
+    Inputs are rejected if a fact folder was labelled with other weights, if answers, subjects or
+    relations are not strings, if held-out facts are also trained on, or if --resume comes with
+    other settings.
     """
     import torch
     import transformers
@@ -440,7 +442,7 @@ def check_run(model, name, files, sets, run):
             "width": model.config.get_text_config().hidden_size, "data": {},
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
     trained = set()
-    for key, path in files.items():         # new, known, then heldout
+    for key, path in files.items():         # heldout comes last, when `trained` is complete
         check_ids(model, [example["input_ids"] for example in sets[key]])
         if path is not None:
             check_weights(Path(path).parent, weights, name)
@@ -458,7 +460,7 @@ def check_run(model, name, files, sets, run):
 
 
 def check_resumed(path, run):
-    """Reject --resume if the settings in `run` (dict) differ from those stored in `path`."""
+    """Exit if the settings in `run` (dict) differ from those stored in `path`."""
     new = fixed_settings(run)
     old = fixed_settings(read_jsonl(path, ["method", "config"])[0])
     changed = [key for key in sorted(new.keys() | old.keys()) if new.get(key) != old.get(key)]
@@ -477,7 +479,7 @@ def fixed_settings(run):
 
 
 def check_weights(folder, weights, name):
-    """Reject a fact folder labelled with other weights than `weights` (hash of the model `name`).
+    """Exit if a fact folder was labelled with other weights than `weights` (hash of model `name`).
 
     Accept one labelled with the base model of the run that produced `name`.
     """
@@ -503,7 +505,7 @@ def evaluate_sets(model, tokenizer, sets, batch_size, metrics):
 
 
 def add_answers(rows, when, result):
-    """Add the answers in `result`, from `evaluate`, to rows as `when` and right_`when`."""
+    """Add the answers in `result`, from `evaluate`, to rows, under `when` and right_{when}."""
     for row, answer, right in zip(rows, result["answers"], result["right"]):
         row.update({when: answer, f"right_{when}": right})
 
@@ -563,13 +565,14 @@ def read_run(folder):
 
 
 def check_groups(runs):
-    """Reject runs of one group that differ in more than the seed, its data, and MAY_CHANGE."""
+    """Exit if runs of a group differ in more than seed, weights and data, or MAY_CHANGE."""
     settings = {}
     for run in runs:
+        # Each seed has its own world. Its width and number of new facts must still be the same.
         same = fixed_settings(run) | {"seed": None, "weights": None, "data": None,
                                       "width": run.get("width"), "n_new": run.get("n_new")}
         if settings.setdefault(run["group"], same) != same:
-            fail(f"{run['name']}: its settings differ from those of another {run['group']}-SEED; "
+            fail(f"{run['name']}: its settings differ from those of another run of this name; "
                  "rename one of them: runs whose names differ only in the seed are averaged")
 
 
@@ -577,8 +580,8 @@ def compare(runs):
     """Compute what is reported about runs (from `read_run`): a list of dicts, one per run.
 
     accuracy: {name: 0 to 1}; interval: the 95 % interval of held-out accuracy after stage 2
-    forgetting: percentage points, over all held-out facts, and by relation and kind; also in
-    percent of the peak accuracy, as in Kaplan et al. 2026
+    forgetting: in percentage points, over all held-out facts, and by relation and kind; over all
+    also in percent of the peak accuracy, as in Kaplan et al. 2026
     mcnemar: paired test against the first of the runs with the same held-out facts
     """
     table = []
@@ -645,20 +648,20 @@ def show(table, runs, n_examples):
     for row in table:
         if row["n"]:
             low, high = row["interval"]
-            print(f"{row['run']}: forgets {row['forgetting']['all']:.1f} percentage points of "
+            print(f"{row['run']}: loses {row['forgetting']['all']:.1f} points of accuracy on "
                   f"{row['n']} held-out facts; 95 % interval after: {low:.3f}–{high:.3f}")
         if "mcnemar" in row:
             other, b, c, p = row["mcnemar"]
             print(f"  right only in {other}: {b}, right only here: {c} (McNemar p = {p:.1g})")
     if len(set(groups)) < len(groups):
         print_table("accuracy, over seeds", groups, accuracies, ".3f")
-    print_table("forgetting, points", groups, [row["forgetting"] for row in table], ".1f")
+    print_table("forgetting, in points", groups, [row["forgetting"] for row in table], ".1f")
     for run in runs:
         print_examples(run, True, n_examples)
 
 
 def print_examples(run, was_right, n_examples):
-    """Print at most `n_examples` facts that a run lost (`was_right`) or gained."""
+    """Print up to `n_examples` facts that a run lost (`was_right` is True) or gained (False)."""
     changed = []
     for fact in run["facts"]:
         if fact["right_before"] == was_right and fact["right_after"] != was_right:
@@ -692,7 +695,7 @@ def flips(facts):
 
 
 def show_flips(run, n_examples):
-    """Print the flips of a run, and at most `n_examples` facts that it lost, and gained."""
+    """Print the flips of a run, and up to `n_examples` facts that it lost and as many gained."""
     print(f"\n{flips(run['facts']).rename_axis(run['name'], axis=1).to_string()}")
     print_examples(run, True, n_examples)
     print_examples(run, False, n_examples)
@@ -710,14 +713,14 @@ def ask(runs, question, device):
 # --------------------------------------------------------------------------------------- plots
 
 def draw_lines(axis, frame, x, y):
-    """Draw column y over column x: a thin line per run, and a thick one for the mean of a group.
+    """Plot column y against column x: a thin line per run, and a thick one per group's mean.
 
     frame: DataFrame with columns group, run, x and y
     """
     for i, (group, lines) in enumerate(frame.groupby("group", sort=False)):
         lines = lines.dropna(subset=[x, y])
         if lines.empty:
-            continue        # keeps its color in the other panels
+            continue        # i advances anyway: a group has the same color in all panels
         mean = lines.groupby(x)[y].mean()
         axis.plot(mean, f"C{i}", marker=".", linewidth=2.5, label=group)
         axis.annotate(f" {mean.iloc[-1]:.3g}", (mean.index[-1], mean.iloc[-1]), color=f"C{i}")
@@ -757,7 +760,7 @@ def read_sets(folder, model):
         path = Path(folder) / file
         sets[key] = read_jsonl(path, ["prompt", "completion"])
         if key in used and used[key] != file_hash(path):
-            note(f"{path}: differs from the rows that {model} was trained and measured with")
+            note(f"{path}: differs from the file that {model} was trained or evaluated on")
     return sets
 
 
@@ -776,16 +779,17 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     add = parser.add_argument
-    add("runs", nargs="*", help="run folders of sft_*.py; GROUP-SEED folders are averaged")
+    add("runs", nargs="*", help="run folders of sft_*.py; runs GROUP-SEED are averaged")
     add("--model", help="score this model instead: hub name or local folder")
     add("--facts", help="fact folder from make_facts.py, for --model")
     add("--batch-size", type=int, default=64, help="prompts per batch (default: 64)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the first one available)")
-    add("--show", type=int, default=0, metavar="N", help="print N facts that each run lost")
+    add("--show", type=int, default=0, metavar="N", help="print up to N facts that each run lost "
+        "(with --flips, also gained)")
     add("--flips", action="store_true", help="count the facts that each run lost and gained")
     add("--heldout", metavar="FILE.jsonl", help="for --flips: ask these questions instead, rows "
         "with prompt and answers")
-    add("--ask", metavar="QUESTION", help="ask each run's model, before and after stage 2")
+    add("--ask", metavar="QUESTION", help="ask each run's models this, before and after stage 2")
     add("--plot", metavar="FILE.png", help="plot accuracy by epoch")
     args = parser.parse_intermixed_args(argv)
     if bool(args.model) == bool(args.runs) or bool(args.model) != bool(args.facts):

@@ -6,14 +6,14 @@ Real questions for a real model (PopQA; your own table; EntityQuestions):
     python make_facts.py --model gpt2-medium
     python make_facts.py --model gpt2-medium --source my_facts.tsv
     python make_facts.py --model gpt2-medium --source path/to/EntityQuestions --min-known 0.3
-Other new facts for the same world or model, without labelling again:
+Different new facts for the same world or model, without labelling again:
     python make_facts.py --new uuid --reuse facts/tiny --out facts/tiny-uuid
 
 The fact folder holds JSONL files:
     train_known.jsonl      known facts to train on          train_unknown.jsonl    new facts
-    heldout_known.jsonl    known facts to test on           labelled.jsonl         labelled facts
-labels.json has the settings of the labels, meta.json those of the folder, and base/ the synthetic
-world's model. Each row is one object:
+    heldout_known.jsonl    known facts to test on           labelled.jsonl         all categories
+labels.json records what the labels depend on, meta.json the settings and counts of the folder, and
+base/ is the model of the synthetic world. Each row is one object:
     {"prompt": "Q: …\\nA:", "completion": " …\\n", "answers": […],
      "relation": …, "subject": …, "kind": …, "category": …}
 
@@ -21,8 +21,8 @@ A fact's category says how well the model knows it (SLiCK, Gekhman et al. 2024, 
 Each question is asked with several few-shot prompts:
     HighlyKnown    every greedy answer is correct; "known facts" are of this category
     MaybeKnown     some greedy answers are correct
-    WeaklyKnown    none is, but samples at T = 0.5 are sometimes correct
-    Unknown        neither greedy answers nor samples are correct
+    WeaklyKnown    none is, but samples at T = 0.5 are sometimes correct (see below)
+    Unknown        none is, and samples are practically never correct
 Labelling does not generate text. One forward pass over prompt and answer yields the probability of
 each answer token. Greedy decoding produces the answer if every token, including the newline or EOS
 at the end, is the most likely one. The product of the probabilities at T = 0.5 is the
@@ -64,7 +64,7 @@ from eval_hallucination import (PROMPT, SETS, check_ids, context_length, exact_m
 TEMPERATURE = 0.5           # SLiCK, section 3
 SAMPLES = 16                # per prompt, as in SLiCK; Kaplan et al. 2026 draw 20
 PRETRAIN_EPOCHS = 24        # passes over the text of the synthetic world
-MINIMUM = {"heldout": 20, "known": 4, "new": 4}         # fewer facts would not show a difference
+MINIMUM = {"heldout": 20, "known": 4, "new": 4}         # with fewer facts, nothing can be measured
 TABLES = [".tsv", ".csv", ".jsonl", ".parquet"]
 COLUMNS = ["object", "relation", "subject", "question"]
 POPQA = {"prop": "relation", "subj": "subject", "obj": "object", "possible_answers": "aliases"}
@@ -84,16 +84,17 @@ class Config:
     seed: int = option(0, "seed of world, prompts and split (the training scripts have their own)")
     # which facts
     new: Literal["unknown", "semantic", "uuid"] = option(
-        None, "new facts: real ones that the model does not know (unknown, default for real "
-        "models), or invented ones about recombined names (semantic, default for tiny) or codes")
+        None, "new facts; unknown: real ones that the model does not know (default for real "
+        "models), semantic: invented ones about recombined names (default for tiny), uuid: "
+        "invented ones about codes")
     n_new: int = option(None, "number of new facts; default: 400 for tiny, else 500")
     n_known: int = option(None, "number of known facts to train on; default: as many as new ones")
-    overlap: Literal[0, 1, 2] = option(2, "semantic: how many halves of a name are real")
+    overlap: Literal[0, 1, 2] = option(2, "semantic: how many halves of a name are from real names")
     source: str = option("akariasai/PopQA", "table of real facts: file, folder or hub name")
     relations: str = option(None, "use only these relations, for example P17,P36")
     max_facts: int = option(10000, "label at most this many facts, spread evenly over relations")
-    min_known: float = option(0.0, "drop relations in which a smaller fraction of facts is known "
-                                   "at all (not Unknown); Kaplan et al. 2026: 0.3")
+    min_known: float = option(0.0, "drop relations in which less than this fraction of facts is "
+                                   "at least WeaklyKnown; Kaplan et al. 2026: 0.3")
     # how they are asked
     prompts: int = option(10, "few-shot prompts per fact; fewer make more facts HighlyKnown")
     shots: int = option(None, "exemplars per prompt; default: 0 for tiny, else 4")
@@ -128,7 +129,7 @@ def parse_args(argv=None):
         fail(f"--n-names {config.n_names} --n-codes {config.n_codes}: at most 3000 names and 30000 "
              "codes are possible")
     if tiny and (config.source != Config.source or config.relations):
-        fail("--source and --relations need --model: the synthetic world has its own facts")
+        fail("--source and --relations require --model: the synthetic world has its own facts")
     if config.reuse and not (Path(config.reuse) / "labels.json").exists():
         fail(f"--reuse {config.reuse}: not a fact folder")
     # A folder with labels.json but without meta.json is unfinished: continue with it.
@@ -158,7 +159,7 @@ def invent_words(n, rng):
 
 
 def invent_code(rng):
-    """Return four hexadecimal digits, a stand-in for a UUID; each of them is one token."""
+    """Return four hexadecimal digits, a stand-in for a UUID; each digit is one token."""
     return "".join(rng.choice("0123456789ABCDEF") for _ in range(4))
 
 
@@ -166,8 +167,8 @@ def invent_world(n_names, n_codes, seed, n_parts=80, n_objects=40):
     """Return the facts of the synthetic world (list of dicts) and its text (list of str).
 
     Every entity has one object per relation. The text states every fact with all templates, but
-    it contains questions and answers about only three quarters of the entities. Answering
-    questions about the others is generalization.
+    has questions with answers for about three quarters of the entities only. Answering questions
+    about the rest is generalization.
     """
     rng = random.Random(seed)
     words = invent_words(2 * n_parts + n_objects * len(RELATIONS), rng)
@@ -248,7 +249,7 @@ def pretrain(text, width, seed, device, batch_size=64):
         batches += make_epoch(sequences, batch_size, rng)
     for step, targets in enumerate(tqdm(batches, "pretraining the tiny model", disable=None)):
         targets = targets.to(device)
-        # Padding needs a valid id, but a causal model never looks at it.
+        # Padding (-100) must be a valid id here. Which one is irrelevant: it comes last.
         logits = model(input_ids=targets.clamp(min=0)).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), targets[:, 1:].flatten())
@@ -291,10 +292,11 @@ def read_table(path):
 
 
 def read_entity_questions(path):
-    """Read a file of EntityQuestions (Sciavolino et al. 2021, arXiv:2109.08535): P17.train.json.
+    """Read a file of EntityQuestions (Sciavolino et al. 2021, arXiv:2109.08535).
 
-    A file holds one relation: a list of {"question", "answers"} without subjects. The subject is
-    the part of a question, in whole words, that the questions do not share.
+    A file such as P17.train.json holds one relation: a list of {"question", "answers"} without
+    subjects. The subject is what is left of a question without the beginning and the end that all
+    questions share, cut at word boundaries.
     """
     rows = json.loads(path.read_text("utf-8"))
     questions = [row["question"] for row in rows]
@@ -313,7 +315,7 @@ def read_entity_questions(path):
 def find_tables(source):
     """Return the paths of the tables in a file, a folder or a hub dataset.
 
-    Of EntityQuestions use train/ only: one-off/ repeats some of its questions.
+    Of EntityQuestions use only the train files: others repeat some of their questions.
     """
     path = Path(source)
     if not path.exists():
@@ -328,9 +330,10 @@ def find_tables(source):
 
 
 def to_fact(row):
-    """Convert a table row to a fact; return {} if a column is blank.
+    """Convert a table row to a fact; return {} if a required column is blank.
 
-    Raise ValueError if a column is missing or does not hold one line of text.
+    Keep the first line of each answer. Raise ValueError if a column is missing, or if another one
+    is not a single line of text.
     """
     row = {POPQA.get(column, column): value for column, value in row.items()}
     aliases = row.get("aliases")
@@ -347,7 +350,7 @@ def to_fact(row):
             lines = [text.split("\n")[0].strip() for text in found + to_strings(aliases)]
             fact["answers"] = list(dict.fromkeys(lines))
         elif isinstance(row[column], list) or "\n" in found[0]:
-            raise ValueError(f"{column} {row[column]!r} is not one line of text")
+            raise ValueError(f"{column} {row[column]!r} is not a single line of text")
         else:
             fact[column] = found[0]
     json.dumps(fact, ensure_ascii=False).encode()       # fails on a lone surrogate
@@ -362,7 +365,7 @@ def load_source(source, max_facts, seed, relations=None):
     those of PopQA (Mallen et al. 2023, arXiv:2212.10511); or EntityQuestions
     max_facts: how many to draw, as evenly over the relations as possible
     relations: list of str, or None for all
-    Rows whose questions are equal after `normalize` are merged if all of them share an answer.
+    Rows whose questions are equal after `normalize` are merged if they have an answer in common.
     Otherwise all of them are dropped. Exit with file and row number at a row that cannot be used.
     """
     questions = defaultdict(list)
@@ -385,8 +388,8 @@ def load_source(source, max_facts, seed, relations=None):
              f"file with strings under {', '.join(COLUMNS)}")
     missing = set(relations or []) - names
     if missing or not questions:
-        fail(f"--source {source}: no facts of {missing or 'any relation'}; it has "
-             f"{sorted(filter(None, names))}")
+        fail(f"--source {source}: no facts for {', '.join(missing) or 'any relation'}; available: "
+             f"{', '.join(sorted(filter(None, names)))}")
     facts = []
     for rows in questions.values():
         answers = [set(map(normalize, fact["answers"])) for fact in rows]
@@ -415,10 +418,11 @@ def to_row(fact):
 
 
 def continue_from(model, cache, ids):
-    """Return the logits (B, T, V) of token ids (B, T) after a prefix.
+    """Return the logits (B, T, V) of token ids (B, T) that follow the cached prefix.
 
-    cache: from `cache_prefix`
+    cache: from `cache_prefix`; {} if there is no prefix
     """
+    # The forward pass would change the cache.
     past = copy.deepcopy(cache)
     for name in past:
         past[name].batch_repeat_interleave(len(ids))
@@ -428,8 +432,8 @@ def continue_from(model, cache, ids):
 def cache_prefix(model, ids, n):
     """Return the key-value cache of the first `n` token ids, {argument name: cache}.
 
-    Return {} if it cannot be used, which a test on the other ids shows: some models, recurrent
-    ones above all, do not continue from a cache as they do from the full text.
+    The other ids test the cache: return {} if continuing from it, in a batch, does not reproduce
+    the logits of the full text, as with some models (recurrent ones above all).
     """
     ids = torch.tensor([ids], device=model.device)
     try:
@@ -473,8 +477,8 @@ def score_answers(model, tokenizer, prefix, facts, batch_size=64):
     greedy: list of bool, True if greedy decoding produces an accepted answer and stops
     probability: list of float, the chance that one sample at T = 0.5, from the full vocabulary,
     is an accepted answer and stops
-    Both are exact, counting only the answers in `tokenizations`. The tokens that all prompts share
-    are run once, and their key-value cache is reused for every batch.
+    Both count only the answers in `tokenizations`. The tokens that all prompts share are run once,
+    and their key-value cache is reused for every batch.
     """
     # The tokens that end an answer and add nothing that `normalize` would keep.
     before_newline = newline_ids(tokenizer)
@@ -491,7 +495,8 @@ def score_answers(model, tokenizer, prefix, facts, batch_size=64):
     if candidates[0][0] >= context_length(model):
         fail(f"a question, its few-shot prompt and answer have {candidates[0][0] + 1} tokens, more "
              f"than the model's context of {context_length(model)}; lower --shots")
-    # Share all but the last prompt token, whose logits predict the first token of the answer.
+    # Cache the tokens common to all prompts, but never the last prompt token: its logits predict
+    # the first token of the answer.
     shared = len(os.path.commonprefix([ids[:start - 1] for _, _, start, ids, _ in candidates]))
     greedy = [False] * len(facts)
     probability = [0.0] * len(facts)
@@ -501,7 +506,7 @@ def score_answers(model, tokenizer, prefix, facts, batch_size=64):
             shared = 0          # slower: every row contains the whole prompt
         for batch in chunks(candidates, batch_size):
             rows = [torch.tensor(ids[shared:]) for _, _, _, ids, _ in batch]
-            # Padded on the right, where a causal model never looks.
+            # Padding is on the right, where a causal model never looks.
             padded = pad_sequence(rows, batch_first=True).to(model.device)
             logits = continue_from(model, cache, padded)                            # (B, T, V)
             for (length, i, start, ids, end), scores in zip(batch, logits):
@@ -513,7 +518,7 @@ def score_answers(model, tokenizer, prefix, facts, batch_size=64):
                 greedy[i] |= tuple(best[:-1]) == answer and best[-1] in ends
                 logp = torch.log_softmax(scores / TEMPERATURE, dim=-1)
                 total = logp[range(len(answer)), answer].sum() + logp[-1, ends].logsumexp(-1)
-                probability[i] += total.exp().item()
+                probability[i] += total.exp().item()        # they exclude each other
     return greedy, probability
 
 
@@ -534,11 +539,11 @@ def slick_category(greedy, probability):
 
 
 def label_facts(model, tokenizer, facts, config):
-    """Return copies of facts with their SLiCK `category`, without the facts used as exemplars.
+    """Return copies of facts with their SLiCK `category`, without those set aside as exemplars.
 
-    For each relation draw --prompts prompts of --shots exemplars (SLiCK: 10 prompts of 4) from a
-    tenth of its facts. These are set aside: at least --shots, at most as many as the prompts can
-    use. Without exemplars there is one prompt.
+    For each relation, set aside a tenth of its facts (at least --shots, at most --shots times
+    --prompts), and draw --prompts prompts of --shots exemplars from them (SLiCK: 10 of 4). With
+    --shots 0 there is one prompt.
     """
     rng = random.Random(config.seed)
     relations = defaultdict(list)
@@ -589,8 +594,8 @@ def invent_facts(facts, config, rng):
     """Invent --n-new facts (or a few more) about entities that do not exist.
 
     An invented entity has the relations of a random real one. Its answers are drawn uniformly
-    from the objects of each relation, so the facts are Unknown by construction. Exit if no
-    question contains its subject, or if the names do not suffice.
+    from the objects of each relation, so the model cannot know them. Exit if no question contains
+    its subject exactly once, or if the names do not suffice.
     """
     semantic = config.new == "semantic"
     asked = defaultdict(dict)           # subject: {relation: kind}; dicts, because they keep order
@@ -602,17 +607,17 @@ def invent_facts(facts, config, rng):
         asked[subject][relation] = fact["kind"]
         objects[relation][fact["answers"][0]] = True
         words.update(subject.split(), *map(str.split, fact["answers"]))
-        if fact["question"].count(subject) == 1:        # not "Who wrote W?", with two W
+        if fact["question"].count(subject) == 1:        # skip "Who wrote W?": W occurs twice
             forms[relation][fact["question"].replace(subject, "{}")] += 1
-    siblings = defaultdict(list)        # names are recombined with names of the same relation
     parents = []
+    siblings = defaultdict(list)        # names by first relation: these are recombined
     for subject, relations in asked.items():
         if forms.keys() >= relations.keys() and ("name" in relations.values() or not semantic):
             parents.append(subject)
             siblings[next(iter(relations))].append(subject)
     if not parents:
-        fail(f"--new {config.new}: no question contains its subject, so none can be asked about "
-             "an invented one; use --new unknown")
+        fail(f"--new {config.new}: no entity has questions that contain its name exactly once, so "
+             "none can be rewritten for an invented one; use --new unknown")
     new = []
     taken = set(map(normalize, asked))
     for _ in range(20 * config.n_new + 1000):
@@ -640,7 +645,7 @@ def invent_facts(facts, config, rng):
 # --------------------------------------------------------------------------------- the three sets
 
 def cap_objects(facts):
-    """Drop facts whose object already covers a fifth of the relation's facts.
+    """Keep at most a fifth of a relation's facts for any one object.
 
     In real relations one object often dominates, and guessing it would pass for knowledge.
     """
@@ -656,7 +661,7 @@ def cap_objects(facts):
 
 
 def without_subjects(facts, others):
-    """Return the facts whose subject is in none of the `others`."""
+    """Return the facts whose subject does not occur in `others`."""
     subjects = {normalize(fact["subject"]) for fact in others}
     return [fact for fact in facts if normalize(fact["subject"]) not in subjects]
 
@@ -664,7 +669,7 @@ def without_subjects(facts, others):
 def split_facts(facts, labelled, config, rng):
     """Split labelled facts into {"known", "heldout", "new"}; no held-out subject is trained on.
 
-    At most half of the known facts are trained on. With equal `rng` and --n-known, the held-out
+    At most half of the known facts are trained on. With the same `rng` and --n-known, the held-out
     facts do not depend on the new ones. Exit if there are too few facts to measure anything.
     """
     by_subject = defaultdict(list)
@@ -687,9 +692,9 @@ def split_facts(facts, labelled, config, rng):
     wanted = {"known": config.n_known, "new": config.n_new}
     for key, rows in sets.items():
         if len(rows) < MINIMUM[key]:
-            fail(f"only {len(rows)} facts for {SETS[key]}; at least {MINIMUM[key]} are needed. "
-                 "With another --out, raise --max-facts, or lower --prompts (more facts become "
-                 "HighlyKnown) or --shots (fewer are set aside), or use another model")
+            fail(f"only {len(rows)} facts for {SETS[key]}; at least {MINIMUM[key]} are needed. Use "
+                 "another --out and more facts, fewer --prompts (more facts become HighlyKnown) or "
+                 "--shots (fewer are set aside), or another model")
         if len(rows) < wanted.get(key, 0):
             print(f"{SETS[key]} has {len(rows)} facts instead of {wanted[key]}: at most half of "
                   "the known facts are trained on, and no new fact is about a held-out subject")
@@ -704,7 +709,7 @@ def digest(value):
 
 
 def label_settings(model, tokenizer, facts, config):
-    """Return everything that labels depend on, {name: value}; they are valid only for these."""
+    """Return everything that labels depend on, {name: value}; reuse requires that all match."""
     rows = [to_row(fact) for fact in facts]
     prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
     return {"seed": config.seed, "prompts": config.prompts, "shots": config.shots,
@@ -722,7 +727,7 @@ def read_labels(folder, facts, settings):
     stored = read_jsonl(folder / "labels.json")[0]
     for name, value in settings.items():
         if stored.get(name) != value:
-            fail(f"{folder}: was labelled with another {name} ({stored.get(name)}, not {value}); "
+            fail(f"{folder} was labelled with {name} = {stored.get(name)}, but it is {value} now; "
                  "use another folder, or delete this one")
     if not (folder / "labelled.jsonl").exists():
         return None
@@ -755,14 +760,14 @@ def make(config, folder):
         labelled = label_facts(model, tokenizer, facts, config)
     write_jsonl(folder / "labelled.jsonl", [to_row(fact) for fact in labelled])
     if not labelled:
-        fail(f"all {len(facts)} facts are exemplars; lower --shots {config.shots}")
+        fail(f"all {len(facts)} facts were set aside as exemplars; lower --shots")
     frame = pd.DataFrame(labelled)
     counts = pd.crosstab(frame["relation"], frame["category"])
     print(f"labelled: {counts.sum().to_dict()}")
     known = frame["category"].ne("Unknown").groupby(frame["relation"]).mean()
     kept = list(known.index[known >= config.min_known])
     if not kept:
-        fail(f"--min-known {config.min_known}: the best-known relation has {known.max():.3f}")
+        fail(f"--min-known {config.min_known}: the best-known relation reaches {known.max():.3f}")
     facts = [fact for fact in facts if fact["relation"] in kept]
     labelled = [fact for fact in labelled if fact["relation"] in kept]
     sets = split_facts(facts, labelled, config, random.Random(config.seed))
@@ -777,7 +782,8 @@ def make(config, folder):
 def find_files(config):
     """Return the paths of the JSONL files for an sft_*.py script: {"new", "known", "heldout"}.
 
-    Use the files named in its `config`, or those of its fact folder, created here if absent.
+    Use the known and held-out files named in its `config`. Take the others from its fact folder,
+    which is created if absent.
     """
     folder = Path(config.facts)
     if not (folder / "meta.json").exists():
@@ -794,7 +800,7 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
         make(config, out)
     except torch.OutOfMemoryError:
-        fail(f"out of memory; lower --batch-size {config.batch_size}")
+        fail("out of memory; lower --batch-size")
     except (OSError, ValueError) as error:      # ValueError: --shots or --width is impossible
         fail(f"{error}")
     return out

@@ -17,7 +17,7 @@ This script differs from sft_baseline.py in the parameters that both stages trai
 loss of stage 2: run diff on the two files.
 
     python sft_freeze.py                                 laptop; creates a synthetic world first
-    python sft_freeze.py --model gpt2-medium             GPU; labels real facts first
+    python sft_freeze.py --model gpt2-medium             GPU; finds known and new facts first
     python sft_freeze.py --model DIR --train my.jsonl    rows {"prompt": …, "completion": …}
 
 Each epoch of stage 2 prints one line; epoch 0 is the stage-1 model. new, known and kept are
@@ -25,7 +25,7 @@ accuracies: on the new facts, on the known facts that are trained on, and on hel
 
     epoch 12 | ce 0.031 | new 0.985 | known 1.000 | kept 0.464 | 1.4 s/step
 
-The last line you should see: saved runs/freeze-tiny-0
+If all goes well, the last line is: saved runs/freeze-tiny-0
 Measuring accuracy needs eval_hallucination.py in this folder. Without it, the script still trains.
 """
 import importlib
@@ -66,15 +66,15 @@ def option(default, text):
 
 @dataclass
 class Config:
-    """Command-line flags: the field batch_size is the flag --batch-size."""
+    """Command-line flags; the field batch_size becomes --batch-size."""
     # model and data
-    model: str = option("tiny", "causal language model: hub name, folder, or tiny (FACTS/base)")
+    model: str = option("tiny", "hub name or folder of a causal language model; tiny: FACTS/base")
     facts: str = option(None, "fact folder, created if absent; default: facts/MODEL")
-    train: str = option(None, "JSONL of your own rows; replaces the fact folder")
-    known: str = option(None, "JSONL of known facts to train on; with --train: default none")
-    heldout: str = option(None, "JSONL of known facts to test on; with --train: default none")
+    train: str = option(None, "JSONL of your own rows, used instead of the fact folder")
+    known: str = option(None, "JSONL of known facts to train on; default: of FACTS, or none")
+    heldout: str = option(None, "JSONL of known facts to test on; default: of FACTS, or none")
     out: str = option(None, f"output folder; default: runs/{METHOD}-MODEL-SEED")
-    resume: bool = option(False, "continue an interrupted run after its last finished epoch")
+    resume: bool = option(False, "continue after the last finished epoch of stage 2, if any")
     save_every_epoch: bool = option(False, "save a checkpoint after each epoch of stage 2")
     eval_every: int = option(1, "evaluate every N epochs; 0: only before and after stage 2")
     known_only: bool = option(False, "train stage 2 on known facts only")
@@ -109,10 +109,10 @@ def parse_args(argv=None):
     parser = transformers.HfArgumentParser(Config, description=__doc__.splitlines()[0])
     parser.error = fail
     config = Config(**vars(parser.parse_args(argv)))
-    # None marks a default that depends on the model or the seed.
+    # Fill in the defaults that depend on the model or the seed.
     model_name = Path(config.model).name
     defaults = {"facts": f"facts/{model_name}", "out": f"runs/{METHOD}-{model_name}-{config.seed}"}
-    # A small model trained from scratch needs a higher learning rate than a large one.
+    # The tiny model needs a higher learning rate than a pretrained one.
     defaults |= TINY if config.model == "tiny" else REAL
     for name, value in defaults.items():
         if getattr(config, name) is None:
@@ -129,7 +129,7 @@ def parse_args(argv=None):
         if torch.accelerator.is_available():
             config.device = torch.accelerator.current_accelerator().type        # cuda, mps, xpu
     if config.dtype == "auto":
-        # bf16 has the range of fp32, so it needs no loss scaling. Emulated, it is slower.
+        # bf16 has the range of fp32, so it needs no loss scaling. Emulated bf16 is slow.
         config.dtype = "float32"
         if config.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
             config.dtype = "bfloat16"
@@ -160,7 +160,7 @@ def find_files(config):
         return {"new": config.train, "known": config.known, "heldout": config.heldout}
     make_facts = import_sibling("make_facts")
     if make_facts is None:
-        fail("make_facts.py is not in this script's folder; pass --model, and your rows as --train")
+        fail("make_facts.py is not in this script's folder; pass --model and --train (your rows)")
     return make_facts.find_files(config)
 
 
@@ -176,7 +176,7 @@ def tokenize(tokenizer, prompt, completion=""):
     for text in (prompt, prompt + completion):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         special = tokenizer(text)["input_ids"]
-        # Everything before the first token of the text; nothing if a chat template wrote BOS.
+        # The special tokens in front of the text; none if a chat template wrote them already.
         added = special[:special.index(ids[0])] if ids else []
         encoded.append(added + ids)
     prompt_ids, full_ids = encoded
@@ -191,7 +191,7 @@ def read_examples(path, tokenizer, context_length):
     row: the JSON object, with strings under "prompt" and "completion"
     input_ids: (T,), T ≤ context_length; attention_mask: ones (T,)
     loss_mask: (T,), True for completion tokens
-    Exit with the file and line number if a row cannot be trained on.
+    If a row is unusable, exit with an error that gives its file and line number.
     """
     examples = []
     number, line = 0, b""
@@ -203,12 +203,13 @@ def read_examples(path, tokenizer, context_length):
             prompt, completion = tokenize(tokenizer, row["prompt"], row["completion"])
             if not prompt or not completion or not row["completion"].strip():
                 raise ValueError("empty prompt or completion")
-            # The model must learn to stop: append EOS unless a newline or EOS is there already.
+            # The model must learn to stop: append EOS unless the completion ends with it or with
+            # a newline.
             last, eos = completion[-1], tokenizer.eos_token_id
             if last != eos and "\n" not in tokenizer.decode([last]):
                 completion.append(eos)
             ids = torch.tensor(prompt + completion)
-            # Reject long rows instead of truncating them: that would change the prompt.
+            # Reject long rows: truncation would cut off part of the prompt or completion.
             if len(ids) > context_length:
                 raise ValueError(f"{len(ids)} tokens; the model's context is {context_length}")
             examples.append({"row": row, "input_ids": ids, "attention_mask": torch.ones_like(ids),
@@ -263,8 +264,8 @@ def collate(examples, device):
 def load_model(name, device):
     """Load a model and its tokenizer; return both.
 
-    Weights are in fp32: updates of 1e-5 would vanish in bf16 weights. The model stays in eval
-    mode, also in training: dropout would add noise to the KL and to comparisons between methods.
+    Weights are in fp32: bf16 would round small updates away. The model stays in eval mode even
+    during training: dropout would add noise to the KL and to comparisons between methods.
     """
     evaluator = import_sibling("eval_hallucination")
     if evaluator is not None:
@@ -283,8 +284,8 @@ def load_model(name, device):
 def last_hidden_state(model, batch):
     """Return the hidden states after the final norm, (B, T-1, d); each predicts the next token.
 
-    Apply the LM head only where a loss needs logits: (B, T, V) of them can take more memory than
-    the model.
+    Apply the LM head only where a loss needs logits: a full (B, T, V) tensor of them can take more
+    memory than the model.
     """
     # use_cache=False: only generation needs the key-value cache.
     output = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
@@ -300,9 +301,9 @@ def check_head(model, batch, name):
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     except torch.OutOfMemoryError:
         raise
-    except (AssertionError, AttributeError, RuntimeError, TypeError):   # other logits, or no head
-        fail(f"--model {name}: caps or scales its logits, or has no linear head; use "
-             "docs/trainer.py, which computes the loss from full logits")
+    except (AssertionError, AttributeError, RuntimeError, TypeError):   # they differ, or no head
+        fail(f"--model {name}: its logits are not its LM head applied to the last hidden state; "
+             "they may be capped or scaled. Use docs/trainer.py, which needs only the logits")
 
 
 def cross_entropy(model, hidden, batch, counts):
@@ -310,8 +311,8 @@ def cross_entropy(model, hidden, batch, counts):
 
     hidden: (B, T-1, d) from `last_hidden_state`
     counts: number of predicted tokens under each mask, summed over all batches of the step
-    Dividing by the step's count gives every token the same weight. Averaging the means of batches
-    would give more weight to tokens in batches that have few of them.
+    Dividing by the step's count gives every token the same weight. Averaging per-batch means
+    would overweight tokens in batches with few of them.
     """
     mask = batch["loss_mask"][:, 1:]                                                # (B, T-1)
     targets = batch["input_ids"][:, 1:][mask]                                       # (N,)
@@ -408,7 +409,7 @@ def freeze(model, config):
 
 def get_lr(step, total, config):
     """Return the learning rate: linear warmup, then cosine decay to a tenth of the peak."""
-    # Large steps before Adam's moment estimates settle cause most forgetting: warm up for long.
+    # Large steps before Adam's moment estimates settle cause forgetting, so use a long warmup.
     warmup = math.ceil(config.warmup_ratio * total)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
@@ -432,9 +433,9 @@ def train_stage(stage, model, examples, loss_function, config, state):
 
     loss_function(batch, counts) returns (loss, {name: loss term to log}).
     metrics: the epoch's mean loss terms and seconds per step
-    state: {"epoch": 0} to start, or a yielded state to continue after its epoch
+    state: {"epoch": 0} to start, or a state yielded earlier, to resume after its epoch
     Only the data order is random, and it depends only on seed, stage and epoch. A resumed run
-    therefore gives the same result as an uninterrupted one, on a CPU bit for bit.
+    therefore gives the same result as an uninterrupted one (bit for bit on a CPU).
     """
     epochs = config.format_epochs if stage == 1 else config.epochs
     # Gradients and Adam's two moments take three times the memory of the trained weights.
@@ -451,10 +452,11 @@ def train_stage(stage, model, examples, loss_function, config, state):
         steps = make_steps(examples, stage, epoch, config)
         metrics = {"stage": stage, "epoch": epoch}
         bar = tqdm(steps, f"stage {stage}, epoch {epoch} of {epochs}", leave=False, disable=None)
-        for step, batches in enumerate(bar, (epoch - 1) * len(steps)):
-            batches = [collate(rows, model.device) for rows in batches]
-            # The tokens that this step predicts. CE is averaged over those in completions, the
-            # KL of sft_selfdistill.py over all of them.
+        # step counts over the whole stage, as the learning rate schedule does.
+        for step, rows_by_batch in enumerate(bar, (epoch - 1) * len(steps)):
+            batches = [collate(rows, model.device) for rows in rows_by_batch]
+            # Count the tokens predicted in this step. CE is averaged over those in completions,
+            # the KL (only in sft_selfdistill.py) over all of them.
             counts = {}
             for mask in ("loss_mask", "attention_mask"):
                 counts[mask] = sum(batch[mask][:, 1:].sum() for batch in batches)
@@ -472,7 +474,7 @@ def train_stage(stage, model, examples, loss_function, config, state):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             # Read all values at once: each read makes Python wait for the GPU.
             *values, norm = torch.stack([*logged.values(), norm]).tolist()
-            # In fp16 a gradient may overflow: the scaler skips the step and lowers its scale.
+            # An fp16 gradient may overflow, so do not check it: the scaler skips such a step.
             checked = values if config.dtype == "float16" else [*values, norm]
             if not math.isfinite(sum(checked)):
                 fail(f"stage {stage}, epoch {epoch}: loss or gradient is not finite in step "
@@ -513,7 +515,7 @@ def write_jsonl(path, rows):
 
 
 def save_state(path, state):
-    """Save what --resume needs: up to 12 bytes per parameter, with Adam's moments."""
+    """Save what --resume needs: 12 bytes per parameter (weights and Adam's moments) in stage 2."""
     temporary = path.with_name(f"{path.name}.tmp")
     torch.save(state, temporary)
     temporary.replace(path)
@@ -530,19 +532,17 @@ def save_checkpoint(folder, model, tokenizer):
 
 
 def open_run_folder(run, config):
-    """Create the output folder, or check that --resume applies to the run in it; return its path.
+    """Create the output folder, or accept one with an unfinished run if --resume is set.
 
-    unfinished.json marks a run that has not finished. It is renamed to run.json at the end.
+    Return its path. unfinished.json marks an unfinished run. It becomes run.json at the end.
     """
     out = Path(config.out).resolve()
-    resumable = config.resume and any(out.glob("unfinished.json*"))     # or its temporary file
+    resumable = config.resume and any(out.glob("unfinished.json*"))     # or .tmp
     if any(out.glob("*")) and not resumable:
-        fail(f"--out {config.out}: holds a finished run or other files; choose another folder, or "
-             "continue an interrupted run with --resume")
-    # Without state.pt, this is a new run, or one that was interrupted in stage 1 and starts again.
-    if not (out / "state.pt").exists():
-        out.mkdir(parents=True, exist_ok=True)
-        write_jsonl(out / "unfinished.json", [run])
+        fail(f"--out {config.out}: is not empty; choose another folder (--resume continues only a "
+             "run that has not finished)")
+    out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(out / "unfinished.json", [run])
     return out
 
 
@@ -565,8 +565,8 @@ def train(config):
     run = {"method": METHOD, "config": asdict(config)}
     evaluator = import_sibling("eval_hallucination")
     if evaluator is not None:
-        # Reject held-out facts that are trained on, and --resume with other data or settings. Add
-        # hashes and versions to run.json.
+        # Fail if held-out facts are also trained on, or if --resume comes with other data or
+        # settings (but batch size times accumulation may be split differently).
         run |= evaluator.check_run(model, start, files, sets, run)
     check_head(model, collate(mixture[:1], model.device), start)
     out = open_run_folder(run, config)
@@ -582,7 +582,8 @@ def train(config):
     def ce_loss(batch, counts):
         return cross_entropy(model, last_hidden_state(model, batch), batch, counts)
 
-    # Stage 1: learn the answer format from known facts. The result is saved as out/before.
+    # Stage 1: learn the answer format from known facts. The result is saved as out/before. A run
+    # that was interrupted in this stage has no state.pt and starts over.
     state_path = out / "state.pt"
     if state_path.exists():         # before/ was saved first, so it is complete
         state = torch.load(state_path, map_location="cpu", weights_only=True)
@@ -600,7 +601,7 @@ def train(config):
         save_state(state_path, state)
 
     # Stage 2: train on known and new facts together. If the run is resumed, the model is still
-    # the stage-1 model here, and train_stage loads the later weights.
+    # the stage-1 model here. train_stage loads the later weights, even if no epoch is left.
     loss_function = ce_loss
     if config.l2 is not None:
         before = {name: weights.detach().clone() for name, weights in model.named_parameters()}
@@ -634,7 +635,7 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         fail("out of memory; run again with --resume, half the --batch-size and twice the "
              "--gradient-accumulation-steps")
-    except OSError as error:            # --out is below a file, or the disk is full
+    except OSError as error:            # e.g. part of --out is a file, or the disk is full
         fail(f"{error}")
     except KeyboardInterrupt:
         print("interrupted; --resume continues after the last finished epoch", file=sys.stderr)

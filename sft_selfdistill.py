@@ -7,8 +7,8 @@ keeps the model's predictions close to those of a frozen earlier copy, the teach
     L = CE + λ · τ² · KL(teacher ‖ student)
 
     CE     cross-entropy, averaged over the completion tokens of the step
-    KL     divergence at temperature τ over the full vocabulary, averaged over all tokens that
-           are predicted, in prompts and completions; λ is --kl-weight, τ is --temperature
+    KL     divergence at temperature τ over the full vocabulary, averaged over all predicted
+           tokens, in prompts and completions; λ is --kl-weight, τ is --temperature
 
 Known facts are those that the model already answers correctly. New facts are those it does not.
 Stage 1 (--format-epochs) trains on known facts only and teaches the model the answer format. The
@@ -17,7 +17,7 @@ also the teacher. Stage 2 (--epochs) trains on known and new facts together, wit
 Only the loss of stage 2 differs from sft_baseline.py: run diff on the two files.
 
     python sft_selfdistill.py                               laptop; creates a synthetic world first
-    python sft_selfdistill.py --model gpt2-medium           GPU; labels real facts first
+    python sft_selfdistill.py --model gpt2-medium           GPU; finds known and new facts first
     python sft_selfdistill.py --model DIR --train my.jsonl  rows {"prompt": …, "completion": …}
 
 Each epoch of stage 2 prints one line; epoch 0 is the stage-1 model. new, known and kept are
@@ -26,7 +26,7 @@ kl is the KL itself, without the factor λ · τ².
 
     epoch 12 | ce 0.031 | kl 0.0021 | new 0.985 | known 1.000 | kept 0.992 | 1.4 s/step
 
-The last line you should see: saved runs/selfdistill-tiny-0
+If all goes well, the last line is: saved runs/selfdistill-tiny-0
 Measuring accuracy needs eval_hallucination.py in this folder. Without it, the script still trains.
 """
 import copy
@@ -49,8 +49,8 @@ from tqdm import tqdm
 
 METHOD = "selfdistill"
 CHUNK = 2 ** 25         # logits per chunk of the KL: 128 MiB in fp32
-# Defaults for the synthetic world and for real models. The KL's factor λ · τ² is 192 and 64.
-# In the paper it is 0.25 (λ 1, τ 0.5), which forgets more here: see docs/study/results.md.
+# Defaults for the synthetic world and for real models. With τ = 4, the KL's factor λ · τ² is 192
+# or 64. The paper uses 0.25 (λ = 1, τ = 0.5), which forgets more here: docs/study/results.md.
 TINY = {"epochs": 60, "batch_size": 64, "learning_rate": 4e-4, "kl_weight": 12.0}
 REAL = {"epochs": 12, "batch_size": 16, "learning_rate": 1e-4, "kl_weight": 4.0}
 
@@ -62,15 +62,15 @@ def option(default, text):
 
 @dataclass
 class Config:
-    """Command-line flags: the field batch_size is the flag --batch-size."""
+    """Command-line flags; the field batch_size becomes --batch-size."""
     # model and data
-    model: str = option("tiny", "causal language model: hub name, folder, or tiny (FACTS/base)")
+    model: str = option("tiny", "hub name or folder of a causal language model; tiny: FACTS/base")
     facts: str = option(None, "fact folder, created if absent; default: facts/MODEL")
-    train: str = option(None, "JSONL of your own rows; replaces the fact folder")
-    known: str = option(None, "JSONL of known facts to train on; with --train: default none")
-    heldout: str = option(None, "JSONL of known facts to test on; with --train: default none")
+    train: str = option(None, "JSONL of your own rows, used instead of the fact folder")
+    known: str = option(None, "JSONL of known facts to train on; default: of FACTS, or none")
+    heldout: str = option(None, "JSONL of known facts to test on; default: of FACTS, or none")
     out: str = option(None, f"output folder; default: runs/{METHOD}-MODEL-SEED")
-    resume: bool = option(False, "continue an interrupted run after its last finished epoch")
+    resume: bool = option(False, "continue after the last finished epoch of stage 2, if any")
     save_every_epoch: bool = option(False, "save a checkpoint after each epoch of stage 2")
     eval_every: int = option(1, "evaluate every N epochs; 0: only before and after stage 2")
     known_only: bool = option(False, "train stage 2 on known facts only")
@@ -103,10 +103,10 @@ def parse_args(argv=None):
     parser = transformers.HfArgumentParser(Config, description=__doc__.splitlines()[0])
     parser.error = fail
     config = Config(**vars(parser.parse_args(argv)))
-    # None marks a default that depends on the model or the seed.
+    # Fill in the defaults that depend on the model or the seed.
     model_name = Path(config.model).name
     defaults = {"facts": f"facts/{model_name}", "out": f"runs/{METHOD}-{model_name}-{config.seed}"}
-    # A small model trained from scratch needs a higher learning rate than a large one.
+    # The tiny model needs a higher learning rate than a pretrained one.
     defaults |= TINY if config.model == "tiny" else REAL
     for name, value in defaults.items():
         if getattr(config, name) is None:
@@ -122,7 +122,7 @@ def parse_args(argv=None):
         if torch.accelerator.is_available():
             config.device = torch.accelerator.current_accelerator().type        # cuda, mps, xpu
     if config.dtype == "auto":
-        # bf16 has the range of fp32, so it needs no loss scaling. Emulated, it is slower.
+        # bf16 has the range of fp32, so it needs no loss scaling. Emulated bf16 is slow.
         config.dtype = "float32"
         if config.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
             config.dtype = "bfloat16"
@@ -153,7 +153,7 @@ def find_files(config):
         return {"new": config.train, "known": config.known, "heldout": config.heldout}
     make_facts = import_sibling("make_facts")
     if make_facts is None:
-        fail("make_facts.py is not in this script's folder; pass --model, and your rows as --train")
+        fail("make_facts.py is not in this script's folder; pass --model and --train (your rows)")
     return make_facts.find_files(config)
 
 
@@ -169,7 +169,7 @@ def tokenize(tokenizer, prompt, completion=""):
     for text in (prompt, prompt + completion):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         special = tokenizer(text)["input_ids"]
-        # Everything before the first token of the text; nothing if a chat template wrote BOS.
+        # The special tokens in front of the text; none if a chat template wrote them already.
         added = special[:special.index(ids[0])] if ids else []
         encoded.append(added + ids)
     prompt_ids, full_ids = encoded
@@ -184,7 +184,7 @@ def read_examples(path, tokenizer, context_length):
     row: the JSON object, with strings under "prompt" and "completion"
     input_ids: (T,), T ≤ context_length; attention_mask: ones (T,)
     loss_mask: (T,), True for completion tokens
-    Exit with the file and line number if a row cannot be trained on.
+    If a row is unusable, exit with an error that gives its file and line number.
     """
     examples = []
     number, line = 0, b""
@@ -196,12 +196,13 @@ def read_examples(path, tokenizer, context_length):
             prompt, completion = tokenize(tokenizer, row["prompt"], row["completion"])
             if not prompt or not completion or not row["completion"].strip():
                 raise ValueError("empty prompt or completion")
-            # The model must learn to stop: append EOS unless a newline or EOS is there already.
+            # The model must learn to stop: append EOS unless the completion ends with it or with
+            # a newline.
             last, eos = completion[-1], tokenizer.eos_token_id
             if last != eos and "\n" not in tokenizer.decode([last]):
                 completion.append(eos)
             ids = torch.tensor(prompt + completion)
-            # Reject long rows instead of truncating them: that would change the prompt.
+            # Reject long rows: truncation would cut off part of the prompt or completion.
             if len(ids) > context_length:
                 raise ValueError(f"{len(ids)} tokens; the model's context is {context_length}")
             examples.append({"row": row, "input_ids": ids, "attention_mask": torch.ones_like(ids),
@@ -256,8 +257,8 @@ def collate(examples, device):
 def load_model(name, device):
     """Load a model and its tokenizer; return both.
 
-    Weights are in fp32: updates of 1e-5 would vanish in bf16 weights. The model stays in eval
-    mode, also in training: dropout would add noise to the KL and to comparisons between methods.
+    Weights are in fp32: bf16 would round small updates away. The model stays in eval mode even
+    during training: dropout would add noise to the KL and to comparisons between methods.
     """
     evaluator = import_sibling("eval_hallucination")
     if evaluator is not None:
@@ -276,8 +277,8 @@ def load_model(name, device):
 def last_hidden_state(model, batch):
     """Return the hidden states after the final norm, (B, T-1, d); each predicts the next token.
 
-    Apply the LM head only where a loss needs logits: (B, T, V) of them can take more memory than
-    the model.
+    Apply the LM head only where a loss needs logits: a full (B, T, V) tensor of them can take more
+    memory than the model.
     """
     # use_cache=False: only generation needs the key-value cache.
     output = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
@@ -293,9 +294,9 @@ def check_head(model, batch, name):
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     except torch.OutOfMemoryError:
         raise
-    except (AssertionError, AttributeError, RuntimeError, TypeError):   # other logits, or no head
-        fail(f"--model {name}: caps or scales its logits, or has no linear head; use "
-             "docs/trainer.py, which computes the loss from full logits")
+    except (AssertionError, AttributeError, RuntimeError, TypeError):   # they differ, or no head
+        fail(f"--model {name}: its logits are not its LM head applied to the last hidden state; "
+             "they may be capped or scaled. Use docs/trainer.py, which needs only the logits")
 
 
 def cross_entropy(model, hidden, batch, counts):
@@ -303,8 +304,8 @@ def cross_entropy(model, hidden, batch, counts):
 
     hidden: (B, T-1, d) from `last_hidden_state`
     counts: number of predicted tokens under each mask, summed over all batches of the step
-    Dividing by the step's count gives every token the same weight. Averaging the means of batches
-    would give more weight to tokens in batches that have few of them.
+    Dividing by the step's count gives every token the same weight. Averaging per-batch means
+    would overweight tokens in batches with few of them.
     """
     mask = batch["loss_mask"][:, 1:]                                                # (B, T-1)
     targets = batch["input_ids"][:, 1:][mask]                                       # (N,)
@@ -319,12 +320,12 @@ def cache_teacher(model, examples, config):
 
     The teacher and the rows never change, so one forward pass suffices: store the teacher's last
     hidden states in each example, (T-1, d) under "teacher", in CPU memory. This takes 2·d bytes
-    per token in half precision, 4·d in fp32. It avoids a second model in memory and a second
+    per token in half precision, 4·d in fp32. Caching avoids a second model in memory and a second
     forward pass in every step.
     """
     dtype = getattr(torch, config.dtype)
     batches = chunks(sorted(examples, key=n_tokens), config.batch_size)
-    batches.reverse()       # longest rows first: if memory is too small, fail now
+    batches.reverse()       # longest rows first, so that running out of memory happens at once
     for rows in tqdm(batches, "caching the teacher", leave=False, disable=None):
         with torch.no_grad(), autocast(config):
             hidden = last_hidden_state(model, collate(rows, model.device)).to("cpu", dtype)
@@ -354,12 +355,12 @@ def self_distillation(model, teacher_head, batch, counts, config):
     """Compute this batch's contribution to CE + λ · τ² · KL: (loss, {"ce", "kl"}).
 
     teacher_head: from `cache_teacher`; counts: as in `cross_entropy`
-    At step 1 of stage 2 teacher and student are equal, so the KL must be 0 up to rounding.
+    In step 1 of stage 2 teacher and student are identical, so the KL must be 0 up to rounding.
     """
     hidden = last_hidden_state(model, batch)                                        # (B, T-1, d)
     ce, terms = cross_entropy(model, hidden, batch, counts)
-    # M: number of predicted tokens, prompts included. Both tensors go through the batch row by
-    # row. For a KL on completions only, use loss_mask here and in `cache_teacher`, and its count.
+    # M: number of predicted tokens, prompts included. Both tensors list them in row order. For a
+    # KL on completions only, use loss_mask here and in the divisor, and cache the same positions.
     student = hidden[batch["attention_mask"][:, 1:].bool()]                         # (M, d)
     states = [example["teacher"] for example in batch["examples"]]
     teacher = torch.cat(states).to(model.device)                                    # (M, d)
@@ -374,7 +375,7 @@ def self_distillation(model, teacher_head, batch, counts, config):
             # Recompute the logits of a chunk in the backward pass instead of storing them.
             kl = kl + checkpoint(kl_sum, *inputs, use_reentrant=False, preserve_rng_state=False)
     kl = kl / counts["attention_mask"]
-    # τ²: gradients of a KL at temperature τ shrink as 1/τ² (Hinton et al. 2015, section 2.1).
+    # τ² compensates for gradients that shrink as 1/τ² (Hinton et al. 2015, section 2.1).
     return ce + config.kl_weight * config.temperature ** 2 * kl, terms | {"kl": kl}
 
 
@@ -382,7 +383,7 @@ def self_distillation(model, teacher_head, batch, counts, config):
 
 def get_lr(step, total, config):
     """Return the learning rate: linear warmup, then cosine decay to a tenth of the peak."""
-    # Large steps before Adam's moment estimates settle cause most forgetting: warm up for long.
+    # Large steps before Adam's moment estimates settle cause forgetting, so use a long warmup.
     warmup = math.ceil(config.warmup_ratio * total)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
@@ -406,9 +407,9 @@ def train_stage(stage, model, examples, loss_function, config, state):
 
     loss_function(batch, counts) returns (loss, {name: loss term to log}).
     metrics: the epoch's mean loss terms and seconds per step
-    state: {"epoch": 0} to start, or a yielded state to continue after its epoch
+    state: {"epoch": 0} to start, or a state yielded earlier, to resume after its epoch
     Only the data order is random, and it depends only on seed, stage and epoch. A resumed run
-    therefore gives the same result as an uninterrupted one, on a CPU bit for bit.
+    therefore gives the same result as an uninterrupted one (bit for bit on a CPU).
     """
     epochs = config.format_epochs if stage == 1 else config.epochs
     # Gradients and Adam's two moments take three times the memory of the trained weights.
@@ -425,10 +426,11 @@ def train_stage(stage, model, examples, loss_function, config, state):
         steps = make_steps(examples, stage, epoch, config)
         metrics = {"stage": stage, "epoch": epoch}
         bar = tqdm(steps, f"stage {stage}, epoch {epoch} of {epochs}", leave=False, disable=None)
-        for step, batches in enumerate(bar, (epoch - 1) * len(steps)):
-            batches = [collate(rows, model.device) for rows in batches]
-            # The tokens that this step predicts. CE is averaged over those in completions, the
-            # KL of sft_selfdistill.py over all of them.
+        # step counts over the whole stage, as the learning rate schedule does.
+        for step, rows_by_batch in enumerate(bar, (epoch - 1) * len(steps)):
+            batches = [collate(rows, model.device) for rows in rows_by_batch]
+            # Count the tokens predicted in this step. CE is averaged over those in completions,
+            # the KL (only in sft_selfdistill.py) over all of them.
             counts = {}
             for mask in ("loss_mask", "attention_mask"):
                 counts[mask] = sum(batch[mask][:, 1:].sum() for batch in batches)
@@ -446,7 +448,7 @@ def train_stage(stage, model, examples, loss_function, config, state):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             # Read all values at once: each read makes Python wait for the GPU.
             *values, norm = torch.stack([*logged.values(), norm]).tolist()
-            # In fp16 a gradient may overflow: the scaler skips the step and lowers its scale.
+            # An fp16 gradient may overflow, so do not check it: the scaler skips such a step.
             checked = values if config.dtype == "float16" else [*values, norm]
             if not math.isfinite(sum(checked)):
                 fail(f"stage {stage}, epoch {epoch}: loss or gradient is not finite in step "
@@ -487,7 +489,7 @@ def write_jsonl(path, rows):
 
 
 def save_state(path, state):
-    """Save what --resume needs: up to 12 bytes per parameter, with Adam's moments."""
+    """Save what --resume needs: 12 bytes per parameter (weights and Adam's moments) in stage 2."""
     temporary = path.with_name(f"{path.name}.tmp")
     torch.save(state, temporary)
     temporary.replace(path)
@@ -504,19 +506,17 @@ def save_checkpoint(folder, model, tokenizer):
 
 
 def open_run_folder(run, config):
-    """Create the output folder, or check that --resume applies to the run in it; return its path.
+    """Create the output folder, or accept one with an unfinished run if --resume is set.
 
-    unfinished.json marks a run that has not finished. It is renamed to run.json at the end.
+    Return its path. unfinished.json marks an unfinished run. It becomes run.json at the end.
     """
     out = Path(config.out).resolve()
-    resumable = config.resume and any(out.glob("unfinished.json*"))     # or its temporary file
+    resumable = config.resume and any(out.glob("unfinished.json*"))     # or .tmp
     if any(out.glob("*")) and not resumable:
-        fail(f"--out {config.out}: holds a finished run or other files; choose another folder, or "
-             "continue an interrupted run with --resume")
-    # Without state.pt, this is a new run, or one that was interrupted in stage 1 and starts again.
-    if not (out / "state.pt").exists():
-        out.mkdir(parents=True, exist_ok=True)
-        write_jsonl(out / "unfinished.json", [run])
+        fail(f"--out {config.out}: is not empty; choose another folder (--resume continues only a "
+             "run that has not finished)")
+    out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(out / "unfinished.json", [run])
     return out
 
 
@@ -538,8 +538,8 @@ def train(config):
     run = {"method": METHOD, "config": asdict(config)}
     evaluator = import_sibling("eval_hallucination")
     if evaluator is not None:
-        # Reject held-out facts that are trained on, and --resume with other data or settings. Add
-        # hashes and versions to run.json.
+        # Fail if held-out facts are also trained on, or if --resume comes with other data or
+        # settings (but batch size times accumulation may be split differently).
         run |= evaluator.check_run(model, start, files, sets, run)
     check_head(model, collate(mixture[:1], model.device), start)
     out = open_run_folder(run, config)
@@ -555,7 +555,8 @@ def train(config):
     def ce_loss(batch, counts):
         return cross_entropy(model, last_hidden_state(model, batch), batch, counts)
 
-    # Stage 1: learn the answer format from known facts. The result is saved as out/before.
+    # Stage 1: learn the answer format from known facts. The result is saved as out/before. A run
+    # that was interrupted in this stage has no state.pt and starts over.
     state_path = out / "state.pt"
     if state_path.exists():         # before/ was saved first, so it is complete
         state = torch.load(state_path, map_location="cpu", weights_only=True)
@@ -572,7 +573,7 @@ def train(config):
         save_state(state_path, state)
 
     # Stage 2: train on known and new facts together. If the run is resumed, the model is still
-    # the stage-1 model here, and train_stage loads the later weights.
+    # the stage-1 model here. train_stage loads the later weights, even if no epoch is left.
     teacher_head = cache_teacher(model, mixture, config)
 
     def distillation_loss(batch, counts):
@@ -605,7 +606,7 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         fail("out of memory; run again with --resume, half the --batch-size and twice the "
              "--gradient-accumulation-steps")
-    except OSError as error:            # --out is below a file, or the disk is full
+    except OSError as error:            # e.g. part of --out is a file, or the disk is full
         fail(f"{error}")
     except KeyboardInterrupt:
         print("interrupted; --resume continues after the last finished epoch", file=sys.stderr)

@@ -278,7 +278,7 @@ def test_results_are_reproduced_resumed_and_kept(workplace, monkeypatch):
     tables = []
     for _ in range(2):
         done = run_page(workplace)
-        assert done.returncode == 0 and "runs/b-1: forgets" in done.stdout, done.stderr
+        assert done.returncode == 0 and "runs/b-1: loses" in done.stdout, done.stderr
         assert "unbound" not in done.stderr
         # The run that starts from b-1 waits for b-1.
         for folder in ("elsewhere/from-b", "runs/interrupted"):

@@ -303,10 +303,10 @@ def test_means_over_seeds(tmp_path):
     make_run(tmp_path / "b-0", [True] * 8, epochs=3)
     printed = call(tmp_path, "eval_hallucination", "a-0", "a-1", "b-0").stdout
     for line in (r"a +1.000 ± 0.000 .* 0.625 ± 0.177",      # 0.75 and 0.5: sd √0.03125
-                 r"forgetting, points +all +all, in % of the peak +relation a +relation b +kind name",
+                 r"forgetting, in points +all +all, in % of the peak +relation a +relation b +kind name",
                  r"a +37.5 ± 17.7 +37.5 ± 17.7 .*",
                  r"b +0.0 +0.0 .*",
-                 r"a-0: forgets 25.0 percentage points of 8 held-out facts; "
+                 r"a-0: loses 25.0 points of accuracy on 8 held-out facts; "
                  r"95 % interval after: 0.409–0.929",
                  r"  right only in a-0: 2, right only here: 0 \(McNemar p = 0.5\)"):
         assert re.search(f"^{line}$", printed, re.M), line

@@ -353,7 +353,7 @@ def test_labels_survive_a_later_failure(tmp_path, world, labelled, monkeypatch):
         patch.setitem(make_facts.MINIMUM, "heldout", 10 ** 6)
         assert "at least 1000000 are needed" in refused(tmp_path, "make_facts", *words)
     assert not (tmp_path / "x/meta.json").exists()
-    assert "another seed" in refused(tmp_path, "make_facts", *words, "--seed", 1)
+    assert "labelled with seed =" in refused(tmp_path, "make_facts", *words, "--seed", 1)
     monkeypatch.setattr(make_facts, "label_facts", None)
     call(tmp_path, "make_facts", *words, "--n-new", 10)
     assert len(rows_of(tmp_path / "x/labelled.jsonl")) == len(labelled)
@@ -432,14 +432,14 @@ BAD = {         # a table that is refused: its content, and what the error names
     "number.jsonl": ('{"relation": "r", "subject": "s", "object": 7, "question": "q"}\n', "7 is not a string"),
     "date.jsonl": ('{"relation": "r", "subject": "s", "object": "o", "question": "q"}\n{"relation": "r", "subject": 1999, "object": "o", '
                    '"question": "q"}\n', "date.jsonl:2"),
-    "question.jsonl": ('{"relation": "r", "subject": "s", "object": "o", "question": ["q"]}\n', "is not one line of text"),
+    "question.jsonl": ('{"relation": "r", "subject": "s", "object": "o", "question": ["q"]}\n', "is not a single line of text"),
     "aliases.jsonl": ('{"relation": "r", "subject": "s", "object": "o", "question": "q", "aliases": ["a", 3]}\n', "3 is not a string"),
     "aliases.csv": ('relation,subject,object,question,aliases\nr,s,o,q,"[""a"", {}]"\n', "aliases.csv, row 1"),
     "aliases.tsv": ('relation\tsubject\tobject\tquestion\taliases\nr\ts\to\tq\t[a, b\n', "aliases.tsv, row 1"),
     "dict.jsonl": ('{"relation": "r", "subject": "s", "object": {"a": "b"}, "question": "q"}\n', "is not a string"),
     "column.jsonl": ('{"relation": "r", "subject": "s", "question": "q"}\n', "no column object"),
     "blank.csv": ("relation,subject,object,question\nr,,o,q\n", "no facts"), "empty.csv": ("", "empty.csv"),
-    "lines.tsv": ('relation\tsubject\tobject\tquestion\nr\t"Ada\tX\tWho is Ada?\nr\tBob"\tY\tWho is Bob?\n', "one line of text"),
+    "lines.tsv": ('relation\tsubject\tobject\tquestion\nr\t"Ada\tX\tWho is Ada?\nr\tBob"\tY\tWho is Bob?\n', "single line of text"),
     "half.tsv": ('relation\tsubject\tobject\tquestion\taliases\nr\ts\to\tq\t["\\ud83d"]\n', "half.tsv, row 1"),
     "P1.train.json": ('[{"question": "Where was Ada born?", "answers": ["x"]}]', "single question"),
     "twice.csv": ("relation,subject,object,object,question\nr,s,o,p,q\n", "twice")}
@@ -545,7 +545,7 @@ def test_min_known_and_relations_of_a_folder(tmp_path, world, labelled):
     meta = json.loads((tmp_path / "x/meta.json").read_text())
     assert meta["labelled"]["home"] == {"HighlyKnown": 0, "Unknown": 30} and meta["relations_kept"] == sorted(make_facts.RELATIONS)
     assert {r["relation"] for name in make_facts.SETS.values() for r in rows_of(tmp_path / "x" / name)} == set(make_facts.RELATIONS)
-    assert "the best-known relation has 0.000" in refused(
+    assert "the best-known relation reaches 0.000" in refused(
         tmp_path, "make_facts", *words, "--relations", "home", "--min-known", 0.3, "--out", "z")
     assert len(rows_of(tmp_path / "z/labelled.jsonl")) == 30 and not (tmp_path / "z/meta.json").exists()
     call(tmp_path, "make_facts", *words, "--relations", "birthplace,language", "--out", "y")
@@ -569,7 +569,7 @@ def test_reused_labels_must_fit(workplace, world, labelled, monkeypatch):
     before = contents(world)
     for words, named in ((["--seed", 1], "seed"), (["--width", 32], "width"), (["--shots", 1], "shots"), (["--n-names", 41], "facts")):
         out = f"x-{named}"
-        assert f"another {named}" in refused(workplace, "make_facts", *SMALL_WORLD, *words, "--reuse", "facts/tiny", "--out", out)
+        assert f"labelled with {named} =" in refused(workplace, "make_facts", *SMALL_WORLD, *words, "--reuse", "facts/tiny", "--out", out)
         assert not (workplace / out / "labels.json").exists() and contents(world) == before
     assert "not a fact folder" in refused(workplace, "make_facts", *SMALL_WORLD, "--reuse", "facts", "--out", "x")
     for name, labels in (("old", "{}"), ("list", "[]"), ("cut", '{"seed": ')):
@@ -587,7 +587,7 @@ def test_reused_labels_must_fit(workplace, world, labelled, monkeypatch):
     assert "facts" in refused(workplace, "make_facts", *words, "--max-facts", 100)
     with monkeypatch.context() as patch:
         patch.setattr(make_facts, "PROMPT", "Question: {question}\nA:")
-        assert "another facts" in refused(workplace, "make_facts", *words)
+        assert "labelled with facts =" in refused(workplace, "make_facts", *words)
     table_of(labelled[1:], workplace / "facts.tsv")
     assert "facts" in refused(workplace, "make_facts", *words)
     table_of(labelled, workplace / "facts.tsv")
@@ -599,4 +599,4 @@ def test_reused_labels_must_fit(workplace, world, labelled, monkeypatch):
     model.transformer.wpe.weight.data[0] += 1
     for part in (model, transformers.AutoTokenizer.from_pretrained(world / "base")):
         part.save_pretrained(workplace / "model")
-    assert "weights" in refused(workplace, "make_facts", *words)
+    assert "labelled with weights =" in refused(workplace, "make_facts", *words)

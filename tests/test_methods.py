@@ -195,7 +195,7 @@ def test_gradient_equals_that_of_the_models_own_logits(kind):
 def test_model_whose_head_does_not_give_its_logits_is_rejected(capsys, kind):
     with pytest.raises(SystemExit):
         sft_baseline.check_head(random_model(kind), batch_of((3, 12, 5)), kind)
-    assert f"--model {kind}: caps or scales its logits" in capsys.readouterr().err
+    assert f"--model {kind}: its logits are not its LM head applied" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------- training loop

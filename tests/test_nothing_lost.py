@@ -91,7 +91,7 @@ def test_interrupted_at_any_moment(workplace, monkeypatch, method):
     call(workplace, method, *words, "--resume")
     assert result_of(workplace / "x") == whole
     state.touch()                       # killed between the last rename and the end
-    assert "holds a finished run" in refused(workplace, method, *words, "--resume")
+    assert "is not empty" in refused(workplace, method, *words, "--resume")
     state.unlink()
     assert result_of(workplace / "x") == whole
 
@@ -122,7 +122,7 @@ sft_selfdistill.main({SHORT})"""
     assert [row["epoch"] for row in rows_of(workplace / "y/metrics.jsonl")] == EPOCHS
     weights = (workplace / "y/model.safetensors").read_bytes()
     assert (workplace / "y/epoch-3/model.safetensors").read_bytes() == weights
-    assert "holds a finished run" in refused(workplace, "sft_selfdistill", *halves)
+    assert "is not empty" in refused(workplace, "sft_selfdistill", *halves)
 
 
 def test_ctrl_c_names_resume(workplace):
@@ -212,7 +212,7 @@ def test_damaged_state_is_left_alone(interrupted, damage):
     ("--out mine --resume", "--out mine:"),
     ("--out link", "--out link:"),
     ("--model x --train x/answers.jsonl --out x", "--out x:"),
-    ("--model x/before --out x --resume", "holds a finished run")])
+    ("--model x/before --out x --resume", "is not empty")])
 def test_existing_folder_is_not_overwritten(workplace, words, named):
     call(workplace, "sft_baseline", "--epochs", 1, "--out", "x")
     (workplace / "link").symlink_to("x", target_is_directory=True)
