@@ -69,8 +69,8 @@ def train_and_remove(folder, method, *words):
 # The files that are renamed: unfinished.json, five of before/, the states, five of the final
 # model, metrics.jsonl, answers.jsonl and run.json.
 MOMENTS = [("step", 1), ("rename", 1), ("step", 4), ("rename", 3), ("write", 1), ("rename", 7),
-           ("step", 6), ("write", 1), ("rename", 2), ("step", 3), ("write", 1), ("step", 5),
-           ("write", 1), ("rename", 4), ("rename", 8), ("rename", 7)]
+           ("step", 6), ("write", 1), ("rename", 3), ("step", 3), ("write", 1), ("step", 5),
+           ("write", 1), ("rename", 5), ("rename", 9), ("rename", 8)]
 STATES = [None] * 6 + [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]        # the saved epoch after each moment
 
 
@@ -200,7 +200,10 @@ def test_damaged_state_is_left_alone(interrupted, damage):
     before = contents(interrupted)
     with pytest.raises(Exception):
         call(interrupted, "sft_baseline", *SHORT, "--resume")
-    assert contents(interrupted) == before
+    after = contents(interrupted)
+    for files in (before, after):
+        files.pop(interrupted / "x/unfinished.json")        # records the settings of --resume
+    assert after == before
 
 
 # ---------------------------------------------------------------------------- existing folders

@@ -167,8 +167,8 @@ FLAGS = {
     "--train absent.jsonl --model ok": ["absent.jsonl"],
     "--train rows/good.jsonl --model ok --known-only": ["no rows to train on"],
     "--train rows/good.jsonl --heldout rows/good.jsonl": ["good.jsonl", "held out and trained on"],
-    "--train rows/good.jsonl --known rows/empty.jsonl": ["empty.jsonl: is empty"],
-    "--train rows/good.jsonl --heldout rows/empty.jsonl": ["empty.jsonl: is empty"],
+    "--train rows/good.jsonl --known rows/empty.jsonl": ["empty.jsonl is empty"],
+    "--train rows/good.jsonl --heldout rows/empty.jsonl": ["empty.jsonl is empty"],
     "--train rows/shared.jsonl --heldout facts/tiny/heldout_known.jsonl": [
         "heldout_known.jsonl", "held out and trained on"],
     "--known facts/tiny/labelled.jsonl": ["heldout_known.jsonl", "held out and trained on"],
@@ -197,7 +197,7 @@ def test_bad_rows(inputs, tmp_path, name):
 @pytest.mark.parametrize("name", MODELS)
 def test_bad_models(inputs, tmp_path, name):
     words = f"--model {name} --train rows/good.jsonl"
-    named = [f"model {name}:", "HF_TOKEN", *MODELS[name]]
+    named = [f"model {name} cannot", "HF_TOKEN", *MODELS[name]]
     check_refusal(inputs, tmp_path / "x", METHODS[len(name) % 3], words, named)
 
 
@@ -247,12 +247,12 @@ def test_bad_rows_of_a_script_alone(tmp_path, world, name):
     ("eval_hallucination", "", "--model"),
     ("eval_hallucination", "facts", "run.json"),
     ("eval_hallucination", "--model ok", "--facts"),
-    ("eval_hallucination", "--model x --facts facts/tiny", "model x:"),
+    ("eval_hallucination", "--model x --facts facts/tiny", "model x cannot"),
     ("eval_hallucination", "--model ok --facts absent", "absent"),
     ("eval_hallucination", "--model ok --facts broken", "broken/train_unknown.jsonl:2"),
     ("eval_hallucination", "half-a-run", "half-a-run"),
     ("eval_hallucination", "no-json", "no-json/run.json"),
-    ("eval_hallucination", "--model remote --facts facts/tiny", "model remote:")])
+    ("eval_hallucination", "--model remote --facts facts/tiny", "model remote cannot")])
 def test_bad_input_of_one_script(inputs, tmp_path, script, words, named):
     check_refusal(inputs, tmp_path / "x", script, words, [named])
 
