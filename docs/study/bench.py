@@ -244,10 +244,15 @@ def sample_answers(model, tokenizer, prefix, facts, samples=16):
                        eos_token_id=stops, pad_token_id=stops[0])
 
 
+def no_cache(model, ids, n):
+    """Replace `make_facts.cache_prefix`: every row then contains the whole prompt."""
+    return {}
+
+
 def bench_labelling(args):
     """Print how many facts are labelled per second, with ten prompts of four exemplars."""
     model, tokenizer = make_model(args.model)
-    facts, _ = make_facts.load_source(args.labelling, 10 ** 6, 0)
+    facts = make_facts.load_source(args.labelling, 10 ** 6, 0)
     relation = min(fact["relation"] for fact in facts)
     facts = [fact for fact in facts if fact["relation"] == relation][:4 + args.label]
     shown = [make_facts.to_row(fact) for fact in facts[:4]]
@@ -259,9 +264,10 @@ def bench_labelling(args):
         make_facts.score_answers(model, tokenizer, prefix, facts)
 
     def score_without_cache():
-        model.can_cache = False
+        cache_prefix = make_facts.cache_prefix
+        make_facts.cache_prefix = no_cache
         score()
-        model.can_cache = True
+        make_facts.cache_prefix = cache_prefix
 
     def sample():
         sample_answers(model, tokenizer, prefix, few)
