@@ -44,8 +44,8 @@ PROMPT = "Q: {question}\nA:"
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 SETS = {"new": "train_unknown.jsonl", "known": "train_known.jsonl",
         "heldout": "heldout_known.jsonl"}
-# Settings that --resume may change and that may differ between averaged runs. The batch size may
-# change only with its product with the accumulation steps, and the content of files is hashed.
+# Settings that --resume may change and that may differ between averaged runs. Batch size and
+# accumulation steps may change if their product does not. Files are compared by their hashes.
 MAY_CHANGE = ["model", "facts", "train", "known", "heldout", "out", "resume", "device",
               "eval_every", "save_every_epoch", "batch_size", "gradient_accumulation_steps"]
 
@@ -242,7 +242,7 @@ def encode_prompts(model, tokenizer, prompts, needed):
             ids = ids[-max(1, context - n):]
         encoded.append(ids)
     if truncated:
-        note(f"{truncated} prompts left too little room for an answer and lost their beginning")
+        note(f"{truncated} prompts were truncated on the left to leave room for an answer")
     check_ids(model, encoded)
     return encoded
 
@@ -264,8 +264,8 @@ def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
     """Generate greedy answers to `prompts`, up to the first newline or EOS; return list of str.
 
     needed: number of tokens to reserve for each answer (list of int, default 16). A prompt that
-    leaves fewer is truncated on the left, with a warning. All answers may have as many tokens as
-    the longest one needs. An answer that has not ended by then is marked "[cut off]".
+    leaves fewer is truncated on the left, with a warning. Every answer may be up to max(needed)
+    tokens long. An answer that has not ended by then is marked "[cut off]".
     """
     import torch
     from tqdm import tqdm
@@ -300,7 +300,7 @@ def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
                                         clean_up_tokenization_spaces=False)
                 answers[i] = text.split("\n")[0].strip()
                 if not ends:
-                    answers[i] += " [cut off]"      # "Paris. The" must not count as "Paris."
+                    answers[i] += " [cut off]"      # or "Paris. The" would match "Paris"
     finally:
         model.generation_config = own_settings
         model.train(training)
@@ -565,10 +565,11 @@ def read_run(folder):
 
 
 def check_groups(runs):
-    """Exit if runs of a group differ in more than seed, weights and data, or MAY_CHANGE."""
+    """Exit if runs of a group differ in more than seed, weights, data, and MAY_CHANGE."""
     settings = {}
     for run in runs:
-        # Each seed has its own world. Its width and number of new facts must still be the same.
+        # Each seed has its own world, so weights and data differ. The model's width and the number
+        # of new facts must still match.
         same = fixed_settings(run) | {"seed": None, "weights": None, "data": None,
                                       "width": run.get("width"), "n_new": run.get("n_new")}
         if settings.setdefault(run["group"], same) != same:
@@ -580,8 +581,8 @@ def compare(runs):
     """Compute what is reported about runs (from `read_run`): a list of dicts, one per run.
 
     accuracy: {name: 0 to 1}; interval: the 95 % interval of held-out accuracy after stage 2
-    forgetting: in percentage points, over all held-out facts, and by relation and kind; over all
-    also in percent of the peak accuracy, as in Kaplan et al. 2026
+    forgetting: in percentage points, for all held-out facts and by relation and kind; for all
+    facts also as a percentage of the peak accuracy, as in Kaplan et al. 2026
     mcnemar: paired test against the first of the runs with the same held-out facts
     """
     table = []
@@ -779,7 +780,7 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     add = parser.add_argument
-    add("runs", nargs="*", help="run folders of sft_*.py; runs GROUP-SEED are averaged")
+    add("runs", nargs="*", help="run folders; runs named GROUP-SEED are averaged over seeds")
     add("--model", help="score this model instead: hub name or local folder")
     add("--facts", help="fact folder from make_facts.py, for --model")
     add("--batch-size", type=int, default=64, help="prompts per batch (default: 64)")
@@ -787,9 +788,9 @@ def parse_args(argv=None):
     add("--show", type=int, default=0, metavar="N", help="print up to N facts that each run lost "
         "(with --flips, also gained)")
     add("--flips", action="store_true", help="count the facts that each run lost and gained")
-    add("--heldout", metavar="FILE.jsonl", help="for --flips: ask these questions instead, rows "
-        "with prompt and answers")
-    add("--ask", metavar="QUESTION", help="ask each run's models this, before and after stage 2")
+    add("--heldout", metavar="FILE.jsonl", help="with --flips: ask the questions in this file "
+        "instead; each row needs prompt and answers")
+    add("--ask", metavar="QUESTION", help="ask each run's model, before and after stage 2")
     add("--plot", metavar="FILE.png", help="plot accuracy by epoch")
     args = parser.parse_intermixed_args(argv)
     if bool(args.model) == bool(args.runs) or bool(args.model) != bool(args.facts):

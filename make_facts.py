@@ -1,6 +1,6 @@
 """Create the data of an experiment: facts that a model knows, and facts that it does not know.
 
-A synthetic world, with a small GPT-2 pretrained on it from scratch (some minutes, no network):
+A synthetic world, with a small GPT-2 pretrained on it from scratch (a few minutes, no network):
     python make_facts.py
 Real questions for a real model (PopQA; your own table; EntityQuestions):
     python make_facts.py --model gpt2-medium
@@ -89,14 +89,14 @@ class Config:
         "invented ones about codes")
     n_new: int = option(None, "number of new facts; default: 400 for tiny, else 500")
     n_known: int = option(None, "number of known facts to train on; default: as many as new ones")
-    overlap: Literal[0, 1, 2] = option(2, "semantic: how many halves of a name are from real names")
+    overlap: Literal[0, 1, 2] = option(2, "semantic: how many of a name's halves are real")
     source: str = option("akariasai/PopQA", "table of real facts: file, folder or hub name")
     relations: str = option(None, "use only these relations, for example P17,P36")
     max_facts: int = option(10000, "label at most this many facts, spread evenly over relations")
-    min_known: float = option(0.0, "drop relations in which less than this fraction of facts is "
-                                   "at least WeaklyKnown; Kaplan et al. 2026: 0.3")
+    min_known: float = option(0.0, "drop relations where the fraction of facts that are "
+                                   "WeaklyKnown or better is below this; Kaplan et al. 2026: 0.3")
     # how they are asked
-    prompts: int = option(10, "few-shot prompts per fact; fewer make more facts HighlyKnown")
+    prompts: int = option(10, "few-shot prompts per fact; with fewer, more are HighlyKnown")
     shots: int = option(None, "exemplars per prompt; default: 0 for tiny, else 4")
     # the synthetic world
     n_names: int = option(300, "tiny: number of named entities, with four facts each")
@@ -135,7 +135,7 @@ def parse_args(argv=None):
     # A folder with labels.json but without meta.json is unfinished: continue with it.
     names = {path.name for path in Path(config.out).glob("*")}
     if names and ("meta.json" in names or "labels.json" not in names):
-        fail(f"--out {config.out}: is not empty; choose another folder or delete this one")
+        fail(f"--out {config.out} is not empty; choose another folder or delete this one")
     return config
 
 
@@ -167,8 +167,8 @@ def invent_world(n_names, n_codes, seed, n_parts=80, n_objects=40):
     """Return the facts of the synthetic world (list of dicts) and its text (list of str).
 
     Every entity has one object per relation. The text states every fact with all templates, but
-    has questions with answers for about three quarters of the entities only. Answering questions
-    about the rest is generalization.
+    contains questions and answers for only about three quarters of the entities. Answering
+    questions about the rest requires generalization.
     """
     rng = random.Random(seed)
     words = invent_words(2 * n_parts + n_objects * len(RELATIONS), rng)
@@ -249,7 +249,7 @@ def pretrain(text, width, seed, device, batch_size=64):
         batches += make_epoch(sequences, batch_size, rng)
     for step, targets in enumerate(tqdm(batches, "pretraining the tiny model", disable=None)):
         targets = targets.to(device)
-        # Padding (-100) must be a valid id here. Which one is irrelevant: it comes last.
+        # Padding is -100. Clamp it to a valid id; which one does not matter, since it comes last.
         logits = model(input_ids=targets.clamp(min=0)).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), targets[:, 1:].flatten())
@@ -301,7 +301,7 @@ def read_entity_questions(path):
     rows = json.loads(path.read_text("utf-8"))
     questions = [row["question"] for row in rows]
     if len(questions) < 2:
-        raise ValueError("the subject of a single question is unknown")
+        raise ValueError("cannot infer the subject from a single question; at least 2 are needed")
     before = os.path.commonprefix(questions)
     before = before[:before.rfind(" ") + 1]
     after = os.path.commonprefix([question[::-1] for question in questions])[::-1]
@@ -315,7 +315,7 @@ def read_entity_questions(path):
 def find_tables(source):
     """Return the paths of the tables in a file, a folder or a hub dataset.
 
-    Of EntityQuestions use only the train files: others repeat some of their questions.
+    For EntityQuestions, use only the train files: others repeat some of their questions.
     """
     path = Path(source)
     if not path.exists():
@@ -332,8 +332,8 @@ def find_tables(source):
 def to_fact(row):
     """Convert a table row to a fact; return {} if a required column is blank.
 
-    Keep the first line of each answer. Raise ValueError if a column is missing, or if another one
-    is not a single line of text.
+    Keep the first line of each answer. Raise ValueError if a required column is missing, or if
+    one other than `object` is not a single line of text.
     """
     row = {POPQA.get(column, column): value for column, value in row.items()}
     aliases = row.get("aliases")
@@ -360,13 +360,13 @@ def to_fact(row):
 def load_source(source, max_facts, seed, relations=None):
     """Load the facts of a table, a list of dicts; print how many rows were dropped and why.
 
-    source: TSV, CSV, JSONL or Parquet file, a folder of them, or a hub dataset, with the columns
-    relation, subject, object, question and optionally aliases (a string or a JSON list), or with
-    those of PopQA (Mallen et al. 2023, arXiv:2212.10511); or EntityQuestions
+    source: TSV, CSV, JSONL or Parquet file, a folder of them, or a hub dataset. Its columns are
+    relation, subject, object, question and optionally aliases (a string or a JSON list), or those
+    of PopQA (Mallen et al. 2023, arXiv:2212.10511). Files of EntityQuestions are read too.
     max_facts: how many to draw, as evenly over the relations as possible
     relations: list of str, or None for all
     Rows whose questions are equal after `normalize` are merged if they have an answer in common.
-    Otherwise all of them are dropped. Exit with file and row number at a row that cannot be used.
+    Otherwise all of them are dropped. If a row cannot be used, exit with its file and number.
     """
     questions = defaultdict(list)
     dropped = Counter()
@@ -432,8 +432,8 @@ def continue_from(model, cache, ids):
 def cache_prefix(model, ids, n):
     """Return the key-value cache of the first `n` token ids, {argument name: cache}.
 
-    The other ids test the cache: return {} if continuing from it, in a batch, does not reproduce
-    the logits of the full text, as with some models (recurrent ones above all).
+    The remaining ids test the cache: return {} if continuing from it in a batch does not reproduce
+    the logits of the full text. This happens with some models, especially recurrent ones.
     """
     ids = torch.tensor([ids], device=model.device)
     try:
@@ -453,9 +453,9 @@ def cache_prefix(model, ids, n):
 def tokenizations(tokenizer, stops, prompt, answer):
     """Return the tokenizations of prompt and answer: a set of (ids, prompt length, end id).
 
-    end id: -1 if any of `stops` (ids that add nothing to the answer) may follow; otherwise the
-    one token that completes it, such as "s\\n" in tokenizers that merge letters and newline.
-    There can be several: "Co." also matches without its period.
+    One answer can have several: "Co." also matches without its period. The end id is -1 if any id
+    in `stops` may end the answer (these add nothing to it). Otherwise it is the one token that
+    completes the answer, such as "s\\n" in tokenizers that merge letters and newline.
     """
     newlines = newline_ids(tokenizer)
     found = set()
@@ -518,7 +518,7 @@ def score_answers(model, tokenizer, prefix, facts, batch_size=64):
                 greedy[i] |= tuple(best[:-1]) == answer and best[-1] in ends
                 logp = torch.log_softmax(scores / TEMPERATURE, dim=-1)
                 total = logp[range(len(answer)), answer].sum() + logp[-1, ends].logsumexp(-1)
-                probability[i] += total.exp().item()        # they exclude each other
+                probability[i] += total.exp().item()        # mutually exclusive
     return greedy, probability
 
 
@@ -542,8 +542,8 @@ def label_facts(model, tokenizer, facts, config):
     """Return copies of facts with their SLiCK `category`, without those set aside as exemplars.
 
     For each relation, set aside a tenth of its facts (at least --shots, at most --shots times
-    --prompts), and draw --prompts prompts of --shots exemplars from them (SLiCK: 10 of 4). With
-    --shots 0 there is one prompt.
+    --prompts), and draw --prompts prompts of --shots exemplars from them (SLiCK: 10 prompts
+    of 4). With --shots 0 there is one prompt.
     """
     rng = random.Random(config.seed)
     relations = defaultdict(list)
@@ -595,7 +595,7 @@ def invent_facts(facts, config, rng):
 
     An invented entity has the relations of a random real one. Its answers are drawn uniformly
     from the objects of each relation, so the model cannot know them. Exit if no question contains
-    its subject exactly once, or if the names do not suffice.
+    its subject exactly once, or if too few new names can be made.
     """
     semantic = config.new == "semantic"
     asked = defaultdict(dict)           # subject: {relation: kind}; dicts, because they keep order
@@ -607,7 +607,7 @@ def invent_facts(facts, config, rng):
         asked[subject][relation] = fact["kind"]
         objects[relation][fact["answers"][0]] = True
         words.update(subject.split(), *map(str.split, fact["answers"]))
-        if fact["question"].count(subject) == 1:        # skip "Who wrote W?": W occurs twice
+        if fact["question"].count(subject) == 1:        # skip if ambiguous: W in "Who wrote W?"
             forms[relation][fact["question"].replace(subject, "{}")] += 1
     parents = []
     siblings = defaultdict(list)        # names by first relation: these are recombined
@@ -692,9 +692,9 @@ def split_facts(facts, labelled, config, rng):
     wanted = {"known": config.n_known, "new": config.n_new}
     for key, rows in sets.items():
         if len(rows) < MINIMUM[key]:
-            fail(f"only {len(rows)} facts for {SETS[key]}; at least {MINIMUM[key]} are needed. Use "
-                 "another --out and more facts, fewer --prompts (more facts become HighlyKnown) or "
-                 "--shots (fewer are set aside), or another model")
+            fail(f"only {len(rows)} facts for {SETS[key]}; at least {MINIMUM[key]} are needed. "
+                 "With a new --out, try more facts, fewer --prompts (more become HighlyKnown), "
+                 "fewer --shots (fewer facts are set aside) or another model")
         if len(rows) < wanted.get(key, 0):
             print(f"{SETS[key]} has {len(rows)} facts instead of {wanted[key]}: at most half of "
                   "the known facts are trained on, and no new fact is about a held-out subject")
@@ -801,7 +801,7 @@ def main(argv=None):
         make(config, out)
     except torch.OutOfMemoryError:
         fail("out of memory; lower --batch-size")
-    except (OSError, ValueError) as error:      # ValueError: --shots or --width is impossible
+    except (OSError, ValueError) as error:      # ValueError: invalid --shots or --width
         fail(f"{error}")
     return out
 

@@ -10,11 +10,11 @@ keeps the model's predictions close to those of a frozen earlier copy, the teach
     KL     divergence at temperature τ over the full vocabulary, averaged over all predicted
            tokens, in prompts and completions; λ is --kl-weight, τ is --temperature
 
-Known facts are those that the model already answers correctly. New facts are those it does not.
+Known facts are those that the model already gets right. New facts are those it does not.
 Stage 1 (--format-epochs) trains on known facts only and teaches the model the answer format. The
 result, the stage-1 model, is saved in OUT/before, and forgetting is measured against it. It is
 also the teacher. Stage 2 (--epochs) trains on known and new facts together, with a fresh optimizer.
-Only the loss of stage 2 differs from sft_baseline.py: run diff on the two files.
+The only difference from sft_baseline.py is the loss of stage 2: run diff on the two files.
 
     python sft_selfdistill.py                               laptop; creates a synthetic world first
     python sft_selfdistill.py --model gpt2-medium           GPU; finds known and new facts first
@@ -50,13 +50,13 @@ from tqdm import tqdm
 METHOD = "selfdistill"
 CHUNK = 2 ** 25         # logits per chunk of the KL: 128 MiB in fp32
 # Defaults for the synthetic world and for real models. With τ = 4, the KL's factor λ · τ² is 192
-# or 64. The paper uses 0.25 (λ = 1, τ = 0.5), which forgets more here: docs/study/results.md.
+# or 64. The paper's 0.25 (λ = 1, τ = 0.5) led to more forgetting here: docs/study/results.md.
 TINY = {"epochs": 60, "batch_size": 64, "learning_rate": 4e-4, "kl_weight": 12.0}
 REAL = {"epochs": 12, "batch_size": 16, "learning_rate": 1e-4, "kl_weight": 4.0}
 
 
 def option(default, text):
-    """Return a dataclass field with a default value and a --help text."""
+    """Return a dataclass field with a default value and --help text."""
     return field(default=default, metadata={"help": text})
 
 
@@ -64,11 +64,11 @@ def option(default, text):
 class Config:
     """Command-line flags; the field batch_size becomes --batch-size."""
     # model and data
-    model: str = option("tiny", "hub name or folder of a causal language model; tiny: FACTS/base")
+    model: str = option("tiny", "hub name or folder of a causal LM; 'tiny' loads FACTS/base")
     facts: str = option(None, "fact folder, created if absent; default: facts/MODEL")
     train: str = option(None, "JSONL of your own rows, used instead of the fact folder")
-    known: str = option(None, "JSONL of known facts to train on; default: of FACTS, or none")
-    heldout: str = option(None, "JSONL of known facts to test on; default: of FACTS, or none")
+    known: str = option(None, "JSONL of known facts to train on; default: FACTS; --train: none")
+    heldout: str = option(None, "JSONL of known facts to test on; default: FACTS; --train: none")
     out: str = option(None, f"output folder; default: runs/{METHOD}-MODEL-SEED")
     resume: bool = option(False, "continue after the last finished epoch of stage 2, if any")
     save_every_epoch: bool = option(False, "save a checkpoint after each epoch of stage 2")
@@ -268,7 +268,7 @@ def load_model(name, device):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:          # transformers raises many types
+    except Exception as error:          # transformers raises many exception types
         fail(f"--model {name}: {' '.join(str(error).split())[:300]}; pass the name of a model on "
              "the hub, or a folder with config.json, model.safetensors and a tokenizer")
     return model.to(device).eval(), tokenizer
@@ -305,7 +305,7 @@ def cross_entropy(model, hidden, batch, counts):
     hidden: (B, T-1, d) from `last_hidden_state`
     counts: number of predicted tokens under each mask, summed over all batches of the step
     Dividing by the step's count gives every token the same weight. Averaging per-batch means
-    would overweight tokens in batches with few of them.
+    would overweight tokens in batches that have few completion tokens.
     """
     mask = batch["loss_mask"][:, 1:]                                                # (B, T-1)
     targets = batch["input_ids"][:, 1:][mask]                                       # (N,)
@@ -325,7 +325,7 @@ def cache_teacher(model, examples, config):
     """
     dtype = getattr(torch, config.dtype)
     batches = chunks(sorted(examples, key=n_tokens), config.batch_size)
-    batches.reverse()       # longest rows first, so that running out of memory happens at once
+    batches.reverse()       # longest rows first, so that an out-of-memory error shows up early
     for rows in tqdm(batches, "caching the teacher", leave=False, disable=None):
         with torch.no_grad(), autocast(config):
             hidden = last_hidden_state(model, collate(rows, model.device)).to("cpu", dtype)
@@ -359,8 +359,8 @@ def self_distillation(model, teacher_head, batch, counts, config):
     """
     hidden = last_hidden_state(model, batch)                                        # (B, T-1, d)
     ce, terms = cross_entropy(model, hidden, batch, counts)
-    # M: number of predicted tokens, prompts included. Both tensors list them in row order. For a
-    # KL on completions only, use loss_mask here and in the divisor, and cache the same positions.
+    # M: number of predicted tokens, prompts included; student and teacher both list them in row
+    # order. For a KL on completions only, use loss_mask here, below and in `cache_teacher`.
     student = hidden[batch["attention_mask"][:, 1:].bool()]                         # (M, d)
     states = [example["teacher"] for example in batch["examples"]]
     teacher = torch.cat(states).to(model.device)                                    # (M, d)
@@ -511,9 +511,9 @@ def open_run_folder(run, config):
     Return its path. unfinished.json marks an unfinished run. It becomes run.json at the end.
     """
     out = Path(config.out).resolve()
-    resumable = config.resume and any(out.glob("unfinished.json*"))     # or .tmp
+    resumable = config.resume and any(out.glob("unfinished.json*"))     # also .tmp
     if any(out.glob("*")) and not resumable:
-        fail(f"--out {config.out}: is not empty; choose another folder (--resume continues only a "
+        fail(f"--out {config.out} is not empty; choose another folder (--resume continues only a "
              "run that has not finished)")
     out.mkdir(parents=True, exist_ok=True)
     write_jsonl(out / "unfinished.json", [run])
@@ -539,7 +539,7 @@ def train(config):
     evaluator = import_sibling("eval_hallucination")
     if evaluator is not None:
         # Fail if held-out facts are also trained on, or if --resume comes with other data or
-        # settings (but batch size times accumulation may be split differently).
+        # settings. (Batch size and accumulation steps may change if their product does not.)
         run |= evaluator.check_run(model, start, files, sets, run)
     check_head(model, collate(mixture[:1], model.device), start)
     out = open_run_folder(run, config)
@@ -592,7 +592,8 @@ def train(config):
     write_jsonl(out / "metrics.jsonl", state["history"])
     if evaluator is not None:
         evaluator.write_answers(out, sets["heldout"], state["before"], state["after"])
-    (out / "unfinished.json").replace(out / "run.json")     # last: it marks a complete run
+    # After all other outputs: run.json marks a complete run.
+    (out / "unfinished.json").replace(out / "run.json")
     state_path.unlink()
     if evaluator is not None:
         evaluator.main([config.out])        # prints accuracies and forgetting

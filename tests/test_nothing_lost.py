@@ -209,12 +209,12 @@ def test_damaged_state_is_left_alone(interrupted, damage):
 # ---------------------------------------------------------------------------- existing folders
 
 @pytest.mark.parametrize("words, named", [
-    ("--out facts/tiny", "--out facts/tiny:"),
-    ("--out facts", "--out facts:"),
-    ("--out mine", "--out mine:"),
-    ("--out mine --resume", "--out mine:"),
-    ("--out link", "--out link:"),
-    ("--model x --train x/answers.jsonl --out x", "--out x:"),
+    ("--out facts/tiny", "--out facts/tiny is not empty"),
+    ("--out facts", "--out facts is not empty"),
+    ("--out mine", "--out mine is not empty"),
+    ("--out mine --resume", "--out mine is not empty"),
+    ("--out link", "--out link is not empty"),
+    ("--model x --train x/answers.jsonl --out x", "--out x is not empty"),
     ("--model x/before --out x --resume", "is not empty")])
 def test_existing_folder_is_not_overwritten(workplace, words, named):
     call(workplace, "sft_baseline", "--epochs", 1, "--out", "x")

@@ -227,7 +227,7 @@ def test_bad_rows_of_a_script_alone(tmp_path, world, name):
     ("sft_freeze", "--trainable mlp,,", "--trainable :"),
     ("sft_freeze", "--layers 2-9", "0 ≤ A ≤ B ≤ 2"),
     ("sft_selfdistill", "--temperature 0", "--temperature 0"),
-    ("make_facts", "--out facts/tiny", "--out facts/tiny:"),
+    ("make_facts", "--out facts/tiny", "--out facts/tiny is not empty"),
     ("make_facts", "--new old", "old"),
     ("make_facts", "--n-new 0", "--n-new 0"),
     ("make_facts", "--width 6", "6 and `num_heads`: 4"),
