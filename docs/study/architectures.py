@@ -12,6 +12,7 @@ and not at the end, and if the loss falls.
 import contextlib
 import copy
 import io
+import re
 import sys
 import tempfile
 import warnings
@@ -180,9 +181,12 @@ def attempt(function, *args):
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
             function(*args)
     except SystemExit:
-        # "error: --model PATH: REASON; ADVICE"
-        reason = errors.getvalue().splitlines()[-1].split(":", 2)[2]
-        return reason.partition(";")[0].strip()
+        # "error: --model PATH: REASON; ADVICE", or "error: model PATH cannot be used … (REASON); …"
+        line = errors.getvalue().splitlines()[-1]
+        unusable = re.search(r"cannot be used on device \w+ \((.*)\); pass", line)
+        if unusable:
+            return unusable[1]
+        return line.split(":", 2)[2].partition(";")[0].strip()
     except Exception as error:          # of any type: this is what the test looks for
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 

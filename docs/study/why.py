@@ -207,7 +207,8 @@ def drift_rows(run, of, device):
         for layer, states in enumerate(before):
             if of == "drift" or layer == len(before) // 2:
                 cosine = torch.cosine_similarity(states, after[layer])
-                for fact, value in zip(named, (1 - cosine).tolist()):
+                # Rounding can make the cosine of equal vectors larger than 1.
+                for fact, value in zip(named, (1 - cosine).clamp(min=0).tolist()):
                     rows.append(fact | {"layer": layer, "epoch": epoch, "drift": value})
     return rows
 
