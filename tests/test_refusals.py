@@ -176,8 +176,8 @@ FLAGS = {
     "--model other --facts facts/tiny": ["facts/tiny was labelled with other weights"],
     "--model few-embeddings --train rows/good.jsonl": ["has no embedding", "only 30"],
     "--epochs 1 --out rows/good.jsonl/x": ["rows/good.jsonl/x"],
-    "--epochs 1 --out rows": ["--out rows:", "choose another folder"],
-    "--epochs 1 --out rows --resume": ["--out rows:", "choose another folder"]}
+    "--epochs 1 --out rows": ["--out rows is not empty", "choose another folder"],
+    "--epochs 1 --out rows --resume": ["--out rows is not empty", "choose another folder"]}
 
 
 @pytest.mark.parametrize("method", METHODS)
