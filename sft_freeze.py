@@ -1,8 +1,9 @@
 """Freezing: supervised fine-tuning (SFT) of some parameter groups, with the others frozen.
 
 Fine-tune a language model on facts it does not know, and it starts to get facts wrong that it
-used to know (Kaplan et al. 2026, arXiv:2604.15574). If a task needs no new facts, train only
-parameters that do not store any. --l2 pulls the weights back towards their earlier values instead:
+used to know (Kaplan et al. 2026, arXiv:2604.15574). In the paper, training attention alone learns
+few new facts and forgets little. In our runs it learns them and forgets the most; MLPs alone forget
+less than all parameters (docs/study/results.md). --l2 penalizes the change of all weights instead:
 
     L = CE                          trains --trainable parameters in --layers; freezes the others
     L = CE + W · ‖θ − θ_before‖²    --l2 W: θ_before are the weights before stage 2
@@ -90,7 +91,8 @@ class Config:
     seed: int = option(0, "data-order seed (make_facts.py has its own)")
     # method
     trainable: str = option(None, "all, or a list of norms, attention, mlp, embeddings, head, "
-                                  "other; default: attention, or all with --l2")
+                                  "other; default: attention, the paper's choice, which forgot "
+                                  "most in our runs; all with --l2")
     layers: str = option(None, "A-B: train only blocks A to B, counted from 0")
     l2: float = option(None, "W: penalty on the squared distance to the weights before stage 2")
     # hardware
