@@ -106,7 +106,8 @@ def test_copied_script_needs_no_other_file(tmp_path, world, method):
     assert rows_of(tmp_path / "tuned/metrics.jsonl")[-1]["ce"] > 0
     eval_hallucination.load_model(tmp_path / "tuned")
     call(tmp_path, "eval_hallucination", "tuned")
-    assert "--train" in run(tmp_path, *words, ok=False).stderr      # make_facts.py is missing
+    if method == "sft_baseline":        # the others share this function; a process takes seconds
+        assert "--train" in run(tmp_path, *words, ok=False).stderr      # make_facts.py is missing
 
     # With known and held-out facts both stages run, and accuracy is measured where possible.
     call(tmp_path, method, "--model", "my-model", "--train", "mine.jsonl", "--epochs", 1,
