@@ -78,7 +78,7 @@ def to_strings(value):
 
 
 def check_row(row, required):
-    """Raise ValueError if a required key is missing or a value has the wrong type."""
+    """Raise ValueError if a required key or the answer is missing, or if a value is not text."""
     for key in required:
         if row.get(key) in (None, ""):
             raise ValueError(f"no {key}")
@@ -94,7 +94,7 @@ def check_row(row, required):
 def read_jsonl(path, required=()):
     """Read a JSONL file into a list of dicts; exit with its name and line number if a row is bad.
 
-    required: keys that every row must have; `check_row` lists the other checks
+    required: keys that every row must have; see `check_row` for the other checks
     """
     rows = []
     number, line = 0, b""
@@ -127,7 +127,8 @@ def normalize(text):
     """Normalize an answer for comparison, as SQuAD does (Rajpurkar et al. 2016, arXiv:1606.05250).
 
     Take the first line, apply Unicode NFKC, lowercase, and remove ASCII punctuation, English
-    articles and extra spaces. If that leaves nothing, keep the articles ("A."), or the punctuation.
+    articles and extra spaces. If that leaves nothing, keep the articles ("A." becomes "a"). If
+    there is still nothing, keep the punctuation.
     """
     line = unicodedata.normalize("NFKC", text).strip().split("\n")[0].strip().lower()
     words = line.translate(NO_PUNCTUATION)
@@ -165,8 +166,8 @@ def special_tokens(tokenizer):
 def newline_ids(tokenizer):
     """Map each token id whose text contains a newline to its text before the newline.
 
-    That text need not be empty: ".\\n" is one token of Qwen's. Cached, because this decodes the
-    whole vocabulary.
+    That text need not be empty: ".\\n" is a single token in Qwen's vocabulary. Cached, because
+    this decodes the whole vocabulary.
     """
     found = {}
     for token in range(len(tokenizer)):
@@ -481,7 +482,7 @@ def fixed_settings(run):
 def check_weights(folder, weights, name):
     """Exit if a fact folder was labelled with other weights than `weights` (hash of model `name`).
 
-    Accept one labelled with the base model of the run that produced `name`.
+    Also accept one labelled with the base model of the run that produced `name`.
     """
     if (folder / "labels.json").exists():
         labelled = read_jsonl(folder / "labels.json", ["weights"])[0]["weights"]
@@ -573,8 +574,8 @@ def check_groups(runs):
         same = fixed_settings(run) | {"seed": None, "weights": None, "data": None,
                                       "width": run.get("width"), "n_new": run.get("n_new")}
         if settings.setdefault(run["group"], same) != same:
-            fail(f"{run['name']}: its settings differ from those of another run of this name; "
-                 "rename one of them: runs whose names differ only in the seed are averaged")
+            fail(f"{run['name']}: its settings differ from those of another {run['group']}-SEED; "
+                 "runs whose names differ only in the seed are averaged, so rename one of them")
 
 
 def compare(runs):
@@ -805,7 +806,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    """Run the command line; report unreadable and unwritable files as one line on stderr."""
+    """Run the command-line interface; report OSError as one line on stderr."""
     args = parse_args(argv)
     try:
         if args.model:

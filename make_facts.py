@@ -1,4 +1,4 @@
-"""Create the data of an experiment: facts that a model knows, and facts that it does not know.
+"""Create the data for an experiment: facts that a model knows, and facts that it does not know.
 
 A synthetic world, with a small GPT-2 pretrained on it from scratch (a few minutes, no network):
     python make_facts.py
@@ -13,7 +13,7 @@ The fact folder holds JSONL files:
     train_known.jsonl      known facts to train on          train_unknown.jsonl    new facts
     heldout_known.jsonl    known facts to test on           labelled.jsonl         all categories
 labels.json records what the labels depend on, meta.json the settings and counts of the folder, and
-base/ is the model of the synthetic world. Each row is one object:
+base/ holds the model of the synthetic world. Each row is one object:
     {"prompt": "Q: …\\nA:", "completion": " …\\n", "answers": […],
      "relation": …, "subject": …, "kind": …, "category": …}
 
@@ -21,8 +21,8 @@ A fact's category says how well the model knows it (SLiCK, Gekhman et al. 2024, 
 Each question is asked with several few-shot prompts:
     HighlyKnown    every greedy answer is correct; "known facts" are of this category
     MaybeKnown     some greedy answers are correct
-    WeaklyKnown    none is, but samples at T = 0.5 are sometimes correct (see below)
-    Unknown        none is, and samples are practically never correct
+    WeaklyKnown    no greedy answer is correct, but samples at T = 0.5 sometimes are (see below)
+    Unknown        no greedy answer is correct, and samples rarely or never are
 Labelling does not generate text. One forward pass over prompt and answer yields the probability of
 each answer token. Greedy decoding produces the answer if every token, including the newline or EOS
 at the end, is the most likely one. The product of the probabilities at T = 0.5 is the
@@ -266,7 +266,7 @@ def pretrain(text, width, seed, device, batch_size=64):
 # ---------------------------------------------------------------------------------- real facts
 
 def read_table(path):
-    """Read the rows of a table, a list of {column: value}; values of TSV and CSV stay strings.
+    """Read a table into a list of {column: value}; values of TSV and CSV files stay strings.
 
     Raise ValueError if a row has too few or too many fields, or if a column occurs twice.
     """
@@ -296,7 +296,7 @@ def read_entity_questions(path):
 
     A file such as P17.train.json holds one relation: a list of {"question", "answers"} without
     subjects. The subject is what is left of a question without the beginning and the end that all
-    questions share, cut at word boundaries.
+    questions share, each cut back to a word boundary.
     """
     rows = json.loads(path.read_text("utf-8"))
     questions = [row["question"] for row in rows]
@@ -358,15 +358,15 @@ def to_fact(row):
 
 
 def load_source(source, max_facts, seed, relations=None):
-    """Load the facts of a table, a list of dicts; print how many rows were dropped and why.
+    """Load the facts of a table as a list of dicts; print how many rows were dropped and why.
 
     source: TSV, CSV, JSONL or Parquet file, a folder of them, or a hub dataset. Its columns are
     relation, subject, object, question and optionally aliases (a string or a JSON list), or those
     of PopQA (Mallen et al. 2023, arXiv:2212.10511). Files of EntityQuestions are read too.
     max_facts: how many to draw, as evenly over the relations as possible
     relations: list of str, or None for all
-    Rows whose questions are equal after `normalize` are merged if they have an answer in common.
-    Otherwise all of them are dropped. If a row cannot be used, exit with its file and number.
+    Rows with the same question (after `normalize`) are merged if they all share an answer. If not,
+    all rows with that question are dropped. If a row cannot be used, exit with its file and number.
     """
     questions = defaultdict(list)
     dropped = Counter()
@@ -472,7 +472,7 @@ def tokenizations(tokenizer, stops, prompt, answer):
 
 
 def score_answers(model, tokenizer, prefix, facts, batch_size=64):
-    """Score the answers of facts after the few-shot text `prefix`: (greedy, probability).
+    """Score the answers of facts after the few-shot text `prefix`; return (greedy, probability).
 
     greedy: list of bool, True if greedy decoding produces an accepted answer and stops
     probability: list of float, the chance that one sample at T = 0.5, from the full vocabulary,
@@ -645,7 +645,7 @@ def invent_facts(facts, config, rng):
 # --------------------------------------------------------------------------------- the three sets
 
 def cap_objects(facts):
-    """Keep at most a fifth of a relation's facts for any one object.
+    """Limit each object to a fifth of its relation's facts, but at least one.
 
     In real relations one object often dominates, and guessing it would pass for knowledge.
     """
@@ -807,5 +807,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8")        # Windows would not print every relation
+    sys.stdout.reconfigure(encoding="utf-8")        # the default on Windows lacks characters
     main()
