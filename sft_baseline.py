@@ -60,13 +60,15 @@ class Config:
     model: str = option("tiny", "hub name or folder of a causal LM; 'tiny' loads FACTS/base")
     facts: str = option(None, "fact folder, created if absent; default: facts/MODEL")
     train: str = option(None, "JSONL of your own rows, used instead of the fact folder")
-    known: str = option(None, "JSONL of known facts to train on; default: FACTS; --train: none")
-    heldout: str = option(None, "JSONL of known facts to test on; default: FACTS; --train: none")
+    known: str = option(None, "JSONL of known facts to train on; default: from FACTS, or none "
+                       "with --train")
+    heldout: str = option(None, "JSONL of known facts to test on; default: from FACTS, or none "
+                       "with --train")
     out: str = option(None, f"output folder; default: runs/{METHOD}-MODEL-SEED")
     resume: bool = option(False, "continue after the last finished epoch of stage 2, if any")
     save_every_epoch: bool = option(False, "save a checkpoint after each epoch of stage 2")
     eval_every: int = option(1, "evaluate every N epochs; 0: only before and after stage 2")
-    known_only: bool = option(False, "train stage 2 on known facts only")
+    known_only: bool = option(False, "in stage 2, train on known facts only")
     # optimization
     format_epochs: int = option(1, "epochs of stage 1, which teaches the answer format")
     epochs: int = option(None, "epochs of stage 2; default: 60 for tiny, else 12")
@@ -96,7 +98,7 @@ def parse_args(argv=None):
     # Fill in the defaults that depend on the model or the seed.
     model_name = Path(config.model).name
     defaults = {"facts": f"facts/{model_name}", "out": f"runs/{METHOD}-{model_name}-{config.seed}"}
-    # The tiny model needs a higher learning rate than a pretrained one.
+    # The tiny model needs a higher learning rate than a real one.
     defaults |= TINY if config.model == "tiny" else REAL
     for name, value in defaults.items():
         if getattr(config, name) is None:
@@ -328,7 +330,7 @@ def make_optimizer(model, config):
 
 
 def train_stage(stage, model, examples, loss_function, config, state):
-    """Train stage 1 or 2; yield (metrics, state) after each epoch.
+    """Run stage 1 or 2 of training; yield (metrics, state) after each epoch.
 
     loss_function(batch, counts) returns (loss, {name: loss term to log}).
     metrics: the epoch's mean loss terms and seconds per step
@@ -355,7 +357,7 @@ def train_stage(stage, model, examples, loss_function, config, state):
         for step, rows_by_batch in enumerate(bar, (epoch - 1) * len(steps)):
             batches = [collate(rows, model.device) for rows in rows_by_batch]
             # Count the tokens predicted in this step. CE is averaged over those in completions,
-            # the KL (only in sft_selfdistill.py) over all of them.
+            # the KL, if the method has one, over all of them.
             counts = {}
             for mask in ("loss_mask", "attention_mask"):
                 counts[mask] = sum(batch[mask][:, 1:].sum() for batch in batches)
@@ -448,7 +450,7 @@ def open_run_folder(run, config):
 # --------------------------------------------------------------------------------------- main
 
 def train(config):
-    """Train both stages and save the finished run in --out."""
+    """Run both training stages and save the finished run in --out."""
     print(config)
     files = find_files(config)
     start = f"{config.facts}/base" if config.model == "tiny" else config.model
@@ -463,7 +465,7 @@ def train(config):
     run = {"method": METHOD, "config": asdict(config)}
     evaluator = import_sibling("eval_hallucination")
     if evaluator is not None:
-        # Fail if held-out facts are also trained on, or if --resume comes with other data or
+        # Fail if held-out facts are also trained on, or if --resume is used with different data or
         # settings. (Batch size and accumulation steps may change if their product does not.)
         run |= evaluator.check_run(model, start, files, sets, run)
     check_head(model, collate(mixture[:1], model.device), start)
@@ -497,8 +499,8 @@ def train(config):
         log(metrics)
         save_state(state_path, state)
 
-    # Stage 2: train on known and new facts together. If the run is resumed, the model is still
-    # the stage-1 model here. train_stage loads the later weights, even if no epoch is left.
+    # Stage 2: train on known and new facts together. Even in a resumed run, the model here is still
+    # the stage-1 model: train_stage loads the later weights, even if no epochs remain.
     for metrics, new_state in train_stage(2, model, mixture, ce_loss, config, state):
         epoch = metrics["epoch"]
         if epoch == config.epochs or (config.eval_every and epoch % config.eval_every == 0):
@@ -521,7 +523,7 @@ def train(config):
 
 
 def main(argv=None):
-    """Run the command line; report expected errors as one line on stderr."""
+    """Run the command-line interface; report expected errors as one line on stderr."""
     try:
         train(parse_args(argv))
     except torch.OutOfMemoryError:
@@ -530,7 +532,8 @@ def main(argv=None):
     except OSError as error:            # e.g. part of --out is a file, or the disk is full
         fail(f"{error}")
     except KeyboardInterrupt:
-        print("interrupted; --resume continues after the last finished epoch", file=sys.stderr)
+        print("interrupted; --resume continues after the last finished epoch of stage 2",
+              file=sys.stderr)
         raise SystemExit(130)
 
 
