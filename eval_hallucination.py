@@ -322,7 +322,8 @@ def evaluate(model, tokenizer, rows, batch_size=64):
     accepted = [accepted_answers(row, special) for row in rows]
     needed = []
     for texts in accepted:
-        needed.append(2 + max(len(tokenizer(f" {text}")["input_ids"]) for text in texts))
+        # An answer of special tokens alone leaves no text.
+        needed.append(2 + max(len(tokenizer(f" {text}")["input_ids"]) for text in texts or [""]))
     answers = generate_answers(model, tokenizer, [r["prompt"] for r in rows], needed, batch_size)
     right = [exact_match(*pair) for pair in zip(answers, accepted)]
     accuracy = sum(right) / len(right) if rows else None

@@ -198,11 +198,11 @@ def invent_world(n_names, n_codes, seed, n_parts=80, n_objects=40):
 
 def make_tokenizer(text):
     """Train a byte-level BPE tokenizer; words and code digits become one token each."""
-    split = tokenizers.pre_tokenizers.Split(
-        tokenizers.Regex(r" ?[A-Z]?[a-z]+| ?\S|\s"), "isolated")
     to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, to_bytes])
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(
+            tokenizers.Regex(r" ?[A-Z]?[a-z]+| ?\S|\s"), "isolated"), to_bytes])
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.train_from_iterator(text, tokenizers.trainers.BpeTrainer(
         vocab_size=8000, special_tokens=["<|endoftext|>"], show_progress=False,
@@ -347,8 +347,8 @@ def to_fact(row):
         if not found:
             return {}
         if column == "object":
-            lines = [text.split("\n")[0].strip() for text in found + to_strings(aliases)]
-            fact["answers"] = list(dict.fromkeys(lines))
+            fact["answers"] = list(dict.fromkeys(
+                text.split("\n")[0].strip() for text in found + to_strings(aliases)))
         elif isinstance(row[column], list) or "\n" in found[0]:
             raise ValueError(f"{column} {row[column]!r} is not a single line of text")
         else:
@@ -445,7 +445,7 @@ def cache_prefix(model, ids, n):
             return cache
     except torch.OutOfMemoryError:
         raise
-    except Exception:           # n is 0, or the model has no cache of this kind
+    except Exception:           # the model has no cache of this kind
         pass
     return {}
 
@@ -492,7 +492,7 @@ def score_answers(model, tokenizer, prefix, facts, batch_size=64):
                 candidates.add((len(ids), i, start, ids, end))
     candidates = sorted(candidates, reverse=True)       # longest first: fail early on low memory
     check_ids(model, [ids for _, _, _, ids, _ in candidates])
-    if candidates[0][0] >= context_length(model):
+    if candidates and candidates[0][0] >= context_length(model):
         fail(f"a question, its few-shot prompt and answer have {candidates[0][0] + 1} tokens, more "
              f"than the model's context of {context_length(model)}; lower --shots")
     # Cache the tokens common to all prompts, but never the last prompt token: its logits predict
@@ -501,7 +501,7 @@ def score_answers(model, tokenizer, prefix, facts, batch_size=64):
     greedy = [False] * len(facts)
     probability = [0.0] * len(facts)
     with torch.no_grad():
-        cache = cache_prefix(model, candidates[0][3], shared)
+        cache = cache_prefix(model, candidates[0][3], shared) if shared else {}
         if not cache:
             shared = 0          # slower: every row contains the whole prompt
         for batch in chunks(candidates, batch_size):
@@ -738,23 +738,23 @@ def read_labels(folder, facts, settings):
 
 def make(config, folder):
     """Create the fact folder for a Config in `folder`; continue with what it already holds."""
-    device = find_device(config.device)
+    source = Path(config.reuse or folder)       # of the base model and of the labels
     if config.model == "tiny":
-        start = folder / "base"
+        start = source / "base"
         facts, text = invent_world(config.n_names, config.n_codes, config.seed)
-        if config.reuse:
-            shutil.copytree(Path(config.reuse) / "base", start, dirs_exist_ok=True)
-        elif not start.exists():
+        if source == folder and not start.exists():
             transformers.logging.disable_progress_bar()
-            for part in pretrain(text, config.width, config.seed, device):
+            for part in pretrain(text, config.width, config.seed, find_device(config.device)):
                 part.save_pretrained(start)
     else:
         start = config.model
-        relations = config.relations and config.relations.split(",")
-        facts = load_source(config.source, config.max_facts, config.seed, relations)
-    model, tokenizer = load_model(start, device)
+        facts = load_source(config.source, config.max_facts, config.seed,
+                            config.relations and config.relations.split(","))
+    model, tokenizer = load_model(start, config.device)
     settings = label_settings(model, tokenizer, facts, config)
-    labelled = read_labels(Path(config.reuse or folder), facts, settings)
+    labelled = read_labels(source, facts, settings)
+    if source != folder and config.model == "tiny":
+        shutil.copytree(start, folder / "base", dirs_exist_ok=True)
     write_jsonl(folder / "labels.json", [settings])
     if labelled is None:
         labelled = label_facts(model, tokenizer, facts, config)

@@ -558,7 +558,7 @@ def train(config):
     files = find_files(config)
     start = f"{config.facts}/base" if config.model == "tiny" else config.model
     model, tokenizer = load_model(start, config.device)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     sets = {}
     for name, path in files.items():
         sets[name] = read_examples(path, tokenizer, context) if path else []

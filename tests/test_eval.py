@@ -123,6 +123,9 @@ def test_evaluate(base, world):
     assert evaluate(*base, [row])["accuracy"] == 1.0
     row = {"completion": "Ulm<|endoftext|>\n<|endoftext|>"}
     assert accepted_answers(row, special_tokens(tokenizer)) == ["Ulm"]
+    # A completion of special tokens alone leaves no answer: it is never right.
+    empty = {"prompt": rows[0]["prompt"], "completion": "<|endoftext|>"}
+    assert evaluate(*base, [empty])["right"] == [False]
     # An answer without an end is wrong, whatever it is until then.
     assert generate_answers(*base, [rows[0]["prompt"]], [1]) == [f"{answer} [cut off]"]
     assert not exact_match(f"{answer} [cut off]", [answer])

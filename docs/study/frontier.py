@@ -29,6 +29,7 @@ import sft_baseline
 import sft_freeze
 import sft_selfdistill
 from eval_hallucination import fail
+from why import new_figure, save_figure
 
 AT = [0.5, 0.8, 0.95, 0.98]         # shares of new facts learned at which methods are compared
 TOOLS = {
@@ -377,11 +378,7 @@ def print_table(means):
 
 def plot(means, path):
     """Plot what each tool keeps at most if it learns at least a given share, as a step line."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        fail("--plot needs matplotlib: pip install matplotlib")
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = new_figure(11, 5)
     axis = figure.subplots()
     tools = [tool for tool in TOOLS if tool in set(means["tool"])]
     for i, tool in enumerate(tools):
@@ -392,7 +389,7 @@ def plot(means, path):
                   drawstyle="steps-post", label=TOOLS[tool])
     axis.set(xlabel="new facts learned, at least", ylabel="held-out accuracy", xlim=(0, 1.02))
     figure.legend(loc="outside right center")
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def compare(args):

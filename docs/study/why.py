@@ -282,14 +282,26 @@ def to_json(table):
     return groups
 
 
-def plot(frames, of, path):
-    """Plot the frames of `curves`, {y label: DataFrame}, side by side to a file."""
+def new_figure(width, height):
+    """Return an empty matplotlib Figure, sizes in inches; exit if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         fail("--plot needs matplotlib: pip install matplotlib")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure, path):
+    """Write a Figure as a PNG, to a temporary file that is then renamed."""
+    temporary = Path(f"{path}.tmp")
+    figure.savefig(temporary, format="png", dpi=150)
+    temporary.replace(path)
+
+
+def plot(frames, of, path):
+    """Plot the frames of `curves`, {y label: DataFrame}, side by side to a file."""
     x, y, x_label, _ = AXES[of]
-    figure = Figure(figsize=(1 + 3.5 * len(frames), 3.8), layout="constrained")
+    figure = new_figure(1 + 3.5 * len(frames), 3.8)
     axes = figure.subplots(1, len(frames), squeeze=False)[0]
     for axis, (y_label, frame) in zip(axes, frames.items()):
         eval_hallucination.draw_lines(axis, frame, x, y)
@@ -297,7 +309,7 @@ def plot(frames, of, path):
         axis.margins(x=0.15)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center",
                   ncols=len(frames))
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def parse_args(argv=None):
