@@ -9,8 +9,6 @@ Plot accuracy by epoch:
 Count the facts that a run lost and gained, among its held-out facts or your own questions:
     python eval_hallucination.py runs/baseline-tiny-0 --flips --show 5
     python eval_hallucination.py runs/baseline-tiny-0 --flips --heldout my_questions.jsonl
-Ask a run's model one question, before and after stage 2:
-    python eval_hallucination.py runs/baseline-tiny-0 --ask "What is the capital of France?"
 Score a model from your own code:
     from eval_hallucination import evaluate, load_model
     model, tokenizer = load_model("gpt2")
@@ -66,12 +64,12 @@ def note(message):
 def to_strings(value):
     """Return the non-blank strings of `value` (str, list of str or None), stripped, as a list.
 
-    Raise ValueError for any other type.
+    Raise ValueError for any other type, and for a list that was written as a string.
     """
     found = []
     for text in value if isinstance(value, list) else [value]:
-        if not isinstance(text, (str, type(None))):
-            raise ValueError(f"{text!r} is not a string")
+        if not isinstance(text, (str, type(None))) or str(text).startswith('["'):
+            raise ValueError(f"{text!r} is not a string, or it is a JSON list in quotes")
         if text and text.strip():
             found.append(text.strip())
     return found
@@ -97,9 +95,9 @@ def read_jsonl(path, required=()):
     required: keys that every row must have; see `check_row` for the other checks
     """
     rows = []
-    number, line = 0, b""
+    lines = Path(path).read_bytes().split(b"\n")
     try:
-        for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        for number, line in enumerate(lines, 1):
             if line.strip():
                 row = json.loads(line)
                 check_row(row, required)
@@ -141,23 +139,22 @@ def exact_match(answer, accepted):
     return normalize(answer) in [normalize(text) for text in accepted]
 
 
-def accepted_answers(row, special=()):
+def accepted_answers(row, tokenizer):
     """Return a row's correct answers (list of str): `answers`, or its completion if absent.
 
-    special: strings to remove from the answers, from `special_tokens`
+    They contain no special tokens, like the answers that the model generates. Raise ValueError if
+    the first line of the row's completion is none of them: the model would learn the completion
+    and be marked wrong. This happens if it starts with a newline or a think block.
     """
-    accepted = []
-    for text in to_strings(row.get("answers")) or to_strings(row.get("completion")):
-        for token in special:
-            text = text.replace(token, "")
-        accepted.append(text)
+    texts = to_strings(row.get("answers")) or to_strings(row.get("completion"))
+    first_line = (row.get("completion") or texts[0]).split("\n")[0]
+    encoded = tokenizer([first_line, *texts], add_special_tokens=False)["input_ids"]
+    first, *accepted = tokenizer.batch_decode(
+        encoded, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if not exact_match(first, accepted):
+        raise ValueError(f"the first line of the completion, {first_line!r}, is not in the answers "
+                         f"{texts}; text in front of the answer belongs in the prompt")
     return to_strings(accepted)
-
-
-def special_tokens(tokenizer):
-    """Return the special tokens, which decoding skips, and EOS, as strings."""
-    found = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return found + to_strings(tokenizer.eos_token)
 
 
 # ------------------------------------------------------------------------------- generation
@@ -210,8 +207,7 @@ def tokenize(tokenizer, prompt, completion=""):
 def context_length(model):
     """Return the model's maximum number of tokens; inf if its config does not say."""
     limits = model.config.get_text_config()     # for vision-language models: their text part
-    context = getattr(limits, "max_position_embeddings", getattr(limits, "max_seq_len", None))
-    return context or math.inf
+    return getattr(limits, "max_position_embeddings", None) or math.inf
 
 
 def check_ids(model, sequences):
@@ -228,26 +224,6 @@ def logits_close(one, other):
     return bool((one - other).abs().max() <= 1e-3 * other.abs().max())
 
 
-def encode_prompts(model, tokenizer, prompts, needed):
-    """Return the token ids of prompts (list of lists), truncated on the left if necessary.
-
-    needed: number of tokens to leave free in the model's context, for each prompt
-    """
-    context = context_length(model)
-    encoded = []
-    truncated = 0
-    for prompt, n in zip(prompts, needed):
-        ids = tokenize(tokenizer, prompt)[0]
-        if len(ids) + n > context:
-            truncated += 1
-            ids = ids[-max(1, context - n):]
-        encoded.append(ids)
-    if truncated:
-        note(f"{truncated} prompts were truncated on the left to leave room for an answer")
-    check_ids(model, encoded)
-    return encoded
-
-
 def equal_length_batches(encoded, batch_size):
     """Group prompts with the same number of tokens into batches, longest first; return indices.
 
@@ -255,18 +231,18 @@ def equal_length_batches(encoded, batch_size):
     """
     batches = []
     lengths = pd.Series(map(len, encoded))
-    for _, rows in lengths.groupby(lengths):
+    for _, rows in lengths.groupby(-lengths):
         for start in range(0, len(rows), batch_size):
             batches.append(list(rows.index[start:start + batch_size]))
-    return batches[::-1]
+    return batches
 
 
 def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
     """Generate greedy answers to `prompts`, up to the first newline or EOS; return list of str.
 
-    needed: number of tokens to reserve for each answer (list of int, default 16). A prompt that
-    leaves fewer is truncated on the left, with a warning. Every answer may be up to max(needed)
-    tokens long. An answer that has not ended by then is marked "[cut off]".
+    needed: number of tokens that must fit for each answer (list of int, default 16), or raise
+    ValueError. Every answer may be one token longer than the longest of them. An answer that has
+    not ended by then is marked "[cut off]".
     """
     import torch
     from tqdm import tqdm
@@ -277,10 +253,17 @@ def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
     needed = needed or [16] * len(prompts)
     newlines = newline_ids(tokenizer)
     stops = stop_ids(tokenizer, model)
-    encoded = encode_prompts(model, tokenizer, prompts, needed)
+    context = context_length(model)
+    encoded = [tokenize(tokenizer, prompt)[0] for prompt in prompts]
+    for prompt, ids, n in zip(prompts, encoded, needed):
+        if len(ids) + n > context:
+            raise ValueError(f"prompt {prompt[:40]!r} has {len(ids)} tokens: with an answer of {n}, "
+                             f"too many for the model's context of {context}")
+    check_ids(model, encoded)
     # The checkpoint's own settings may sample or penalize repetition, and generate() falls back
-    # to them for every setting it is not given. So replace them temporarily.
-    own_settings = model.generation_config
+    # to them for every setting it is not given. So replace them temporarily. A PEFT model shares
+    # them with the model inside it.
+    owners = {m: m.generation_config for m in model.modules() if hasattr(m, "generation_config")}
     answers = [""] * len(prompts)
     batches = equal_length_batches(encoded, batch_size)
     try:
@@ -288,9 +271,10 @@ def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
             ids = torch.tensor([encoded[i] for i in rows], device=model.device)         # (B, T)
             length = ids.shape[1]
             model.generation_config = GenerationConfig(
-                do_sample=False, max_new_tokens=min(max(needed), context_length(model) - length),
+                do_sample=False, max_new_tokens=min(max(needed) + 1, context - length),
                 eos_token_id=stops, pad_token_id=0)
-            output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+            with torch.autocast(model.device.type, enabled=False):
+                output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
             for i, tokens in zip(rows, output[:, length:].tolist()):
                 ends = [k for k, token in enumerate(tokens) if token in stops]
                 end = ends[0] if ends else len(tokens)
@@ -303,7 +287,8 @@ def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
                 if not ends:
                     answers[i] += " [cut off]"      # or "Paris. The" would match "Paris"
     finally:
-        model.generation_config = own_settings
+        for module, settings in owners.items():
+            module.generation_config = settings
         model.train(training)
     return answers
 
@@ -313,17 +298,16 @@ def evaluate(model, tokenizer, rows, batch_size=64):
 
     rows: dicts with `prompt`, and `answers` (str or list of str) or else `completion`
     Return {"accuracy": 0 to 1, or None without rows; "answers": list of str; "right": list of
-    bool}. The model runs in eval mode and in the caller's autocast context. Raise ValueError if a
-    row has no prompt or no answer.
+    bool}. The model runs in eval mode and in the precision of its weights, without autocast. Raise
+    ValueError if a row has no prompt or no answer, or one that could never be right.
     """
     for row in rows:
         check_row(row, ["prompt"])
-    special = special_tokens(tokenizer)
-    accepted = [accepted_answers(row, special) for row in rows]
+    accepted = [accepted_answers(row, tokenizer) for row in rows]
     needed = []
     for texts in accepted:
         # An answer of special tokens alone leaves no text.
-        needed.append(2 + max(len(tokenizer(f" {text}")["input_ids"]) for text in texts or [""]))
+        needed.append(1 + max(len(tokenizer(f" {text}")["input_ids"]) for text in texts or [""]))
     answers = generate_answers(model, tokenizer, [r["prompt"] for r in rows], needed, batch_size)
     right = [exact_match(*pair) for pair in zip(answers, accepted)]
     accuracy = sum(right) / len(right) if rows else None
@@ -355,6 +339,11 @@ def load_model(name, device="cpu"):
     transformers.logging.disable_progress_bar()
     try:
         # trust_remote_code=False: never run a model's own code, nor ask for permission to.
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            raise ValueError("its weights are quantized: pass the full-precision model")
+        if transformers.utils.find_adapter_config_file(name):
+            raise ValueError("it contains an adapter: merge it into the model and save that")
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -371,10 +360,18 @@ def load_model(name, device="cpu"):
              "HF_TOKEN for restricted models)")
     if report["unexpected_keys"]:
         note(f"{name}: weights outside its language model are not used or saved")
-    if not model.generation_config.do_sample:
-        # transformers refuses to save sampling settings together with greedy decoding.
-        for setting in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
-            setattr(model.generation_config, setting, None)
+    settings = model.generation_config
+    try:
+        settings.validate(strict=True)
+    except ValueError:      # transformers would refuse to save them
+        note(f"{name}: its generation settings contradict each other and are not saved")
+        model.generation_config = transformers.GenerationConfig(eos_token_id=settings.eos_token_id)
+    # transformers loads no heads for multi-token prediction, so the saved config must not say so.
+    config = model.config.get_text_config()
+    for setting in ("num_nextn_predict_layers", "mtp_num_hidden_layers"):
+        if getattr(config, setting, 0):
+            note(f"{name}: its {setting} are neither trained nor saved")
+            setattr(config, setting, 0)
     return model, tokenizer
 
 
@@ -386,12 +383,11 @@ def check_model(model, missing):
     import torch
     if missing:
         raise ValueError(f"weights are missing: {min(missing)}")
-    for name, weights in model.named_parameters():
-        if not weights.isfinite().all():
-            raise ValueError(f"weights are not finite: {name}")
     with torch.no_grad():
         ids = torch.tensor([[1, 2], [1, 3]], device=model.device)
         one, other = model(input_ids=ids, use_cache=False).logits[:, 0]
+    if not one.isfinite().all():
+        raise ValueError("its weights are not finite: the logits are NaN or infinite")
     if not logits_close(one, other):
         raise ValueError("not causal: a later token changes an earlier prediction")
 
@@ -403,7 +399,7 @@ def weights_hash(model):
     sha = hashlib.sha256()
     for name, weights in sorted(model.state_dict().items()):
         sha.update(name.encode())
-        sha.update(weights.detach().cpu().contiguous().numpy())
+        sha.update(weights.cpu().contiguous().numpy())
     return sha.hexdigest()[:16]
 
 
@@ -425,24 +421,21 @@ def run_of(model):
     return read_jsonl(folder / "run.json", ["method", "config"])[0]
 
 
-def check_run(model, name, files, sets, run):
+def check_run(model, tokenizer, name, files, sets, run):
     """Exit if inputs would invalidate the measurement; return more entries for run.json.
 
-    model, name: the model that training starts from, and its path or hub name
+    model, tokenizer, name: what training starts from, and its path or hub name
     files: {set: path or None}; sets: {set: list of examples}; run: {"method", "config"}
     Inputs are rejected if a fact folder was labelled with other weights, if answers, subjects or
-    relations are not strings, if held-out facts are also trained on, or if --resume comes with
-    other settings.
+    relations are not strings, if a row's completion is not one of its answers, if held-out facts
+    are also trained on, or if --resume comes with other settings.
     """
-    import torch
-    import transformers
     out = Path(run["config"]["out"])
     weights = weights_hash(model)
     start = str(Path(name).resolve()) if Path(name).exists() else name
     new = [] if run["config"]["known_only"] else sets["new"]
     more = {"weights": weights, "start": start, "n_new": len(new),
-            "width": model.config.get_text_config().hidden_size, "data": {},
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+            "width": model.config.get_text_config().hidden_size, "data": {}}
     trained = set()
     for key, path in files.items():         # heldout comes last, when `trained` is complete
         check_ids(model, [example["input_ids"] for example in sets[key]])
@@ -455,6 +448,11 @@ def check_run(model, name, files, sets, run):
                          "remove it from one of the files")
                 if key != "heldout":
                     trained |= same
+                try:
+                    if key == "heldout" or row.get("answers"):
+                        accepted_answers(row, tokenizer)
+                except ValueError as error:
+                    fail(f"{path}: {error}")
             more["data"][key] = file_hash(path)
     if run["config"]["resume"] and (out / "unfinished.json").exists():
         check_resumed(out / "unfinished.json", run | more)
@@ -493,14 +491,17 @@ def check_weights(folder, weights, name):
 
 
 def evaluate_sets(model, tokenizer, sets, batch_size, metrics):
-    """Evaluate the sets that have rows; add their accuracies to `metrics` (dict).
+    """Evaluate held-out rows, and others with `answers`; add their accuracies to `metrics` (dict).
 
-    sets: {set: list of examples with a "row"}. Return {set: result of `evaluate`}.
+    sets: {set: list of examples with a "row"}. Return {set: result of `evaluate`}. Rows to train on
+    that have no `answers` may have long completions: decoding these could outweigh training.
     """
     results = {}
     for name, examples in sets.items():
-        if examples:
-            rows = [example["row"] for example in examples]
+        rows = [example["row"] for example in examples]
+        if name != "heldout":
+            rows = [row for row in rows if row.get("answers")]
+        if rows:
             results[name] = evaluate(model, tokenizer, rows, batch_size)
             metrics["kept" if name == "heldout" else name] = results[name]["accuracy"]
     return results
@@ -704,15 +705,6 @@ def show_flips(run, n_examples):
     print_examples(run, False, n_examples)
 
 
-def ask(runs, question, device):
-    """Print the answers of each run's model to one question (str), before and after stage 2."""
-    for run in runs:
-        for path in (f"{run['name']}/before", run["name"]):
-            model, tokenizer = load_model(path, device)
-            answer, = generate_answers(model, tokenizer, [PROMPT.format(question=question)])
-            print(f"{path}  {answer}")
-
-
 # --------------------------------------------------------------------------------------- plots
 
 def draw_lines(axis, frame, x, y):
@@ -732,11 +724,8 @@ def draw_lines(axis, frame, x, y):
 
 
 def plot_epochs(runs, path):
-    """Plot accuracy on new and on held-out facts by epoch to a PNG file."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        fail("--plot needs matplotlib: pip install matplotlib")
+    """Plot accuracy on new and on held-out facts by epoch; the suffix of `path` is the format."""
+    from matplotlib.figure import Figure
     frame = pd.concat([
         pd.DataFrame(run["metrics"], columns=["epoch", "new", "kept"]).assign(
             group=run["group"], run=run["name"]) for run in runs])
@@ -746,7 +735,7 @@ def plot_epochs(runs, path):
         axis.set(xlabel="epoch of stage 2", ylabel=f"{name}: accuracy", ylim=(0, 1.07))
     axis.legend()
     temporary = Path(f"{path}.tmp")
-    figure.savefig(temporary, format="png", dpi=150)
+    figure.savefig(temporary, format=Path(path).suffix[1:] or "png", dpi=150)
     temporary.replace(path)
 
 
@@ -792,13 +781,12 @@ def parse_args(argv=None):
     add("--flips", action="store_true", help="count the facts that each run lost and gained")
     add("--heldout", metavar="FILE.jsonl", help="with --flips: ask the questions in this file "
         "instead; each row needs prompt and answers")
-    add("--ask", metavar="QUESTION", help="ask each run's model, before and after stage 2")
-    add("--plot", metavar="FILE.png", help="plot accuracy by epoch")
+    add("--plot", metavar="FILE.png", help="plot accuracy by epoch (PNG, PDF or SVG)")
     args = parser.parse_intermixed_args(argv)
     if bool(args.model) == bool(args.runs) or bool(args.model) != bool(args.facts):
         fail("pass either run folders to compare, or both --model and --facts to score a model")
-    if bool(args.model) + bool(args.plot) + bool(args.ask) + args.flips > 1:
-        fail("--model, --plot, --ask and --flips are mutually exclusive")
+    if bool(args.model) + bool(args.plot) + args.flips > 1:
+        fail("--model, --plot and --flips are mutually exclusive")
     if args.heldout and not args.flips:
         fail("--heldout needs --flips")
     if args.batch_size < 1:
@@ -807,7 +795,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    """Run the command-line interface; report OSError as one line on stderr."""
+    """Run the command-line interface; report wrong files and rows as one line on stderr."""
     args = parse_args(argv)
     try:
         if args.model:
@@ -815,9 +803,7 @@ def main(argv=None):
             print_accuracies(*load_model(args.model, args.device), sets, args.batch_size)
             return
         runs = [read_run(folder) for folder in args.runs]
-        if args.ask:
-            ask(runs, args.ask, args.device)
-        elif args.flips:
+        if args.flips:
             for run in runs:
                 if args.heldout:
                     run["facts"] = ask_again(run, args.heldout, args.batch_size, args.device)
@@ -827,7 +813,7 @@ def main(argv=None):
             show(compare(runs), runs, args.show)
             if args.plot:
                 plot_epochs(runs, args.plot)
-    except OSError as error:
+    except (ImportError, OSError, ValueError) as error:     # ImportError: no matplotlib
         fail(f"{error}")
 
 

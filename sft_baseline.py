@@ -29,6 +29,8 @@ Measuring accuracy needs eval_hallucination.py in this folder. Without it, the s
 import importlib
 import json
 import math
+import os
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -81,7 +83,8 @@ class Config:
     seed: int = option(0, "data-order seed (make_facts.py has its own)")
     # hardware
     device: str = option("auto", "cuda, mps or cpu; auto: the first one available")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "autocast precision")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "matmul precision; auto: bfloat16 on a GPU that supports it, except for tiny")
 
 
 def fail(message):
@@ -95,6 +98,8 @@ def parse_args(argv=None):
     parser = transformers.HfArgumentParser(Config, description=__doc__.splitlines()[0])
     parser.error = fail
     config = Config(**vars(parser.parse_args(argv)))
+    if config.train and config.model == "tiny" and not config.facts:
+        fail("--train needs --model: the model to train on your rows")
     # Fill in the defaults that depend on the model or the seed.
     model_name = Path(config.model).name
     defaults = {"facts": f"facts/{model_name}", "out": f"runs/{METHOD}-{model_name}-{config.seed}"}
@@ -115,21 +120,18 @@ def parse_args(argv=None):
     if config.dtype == "auto":
         # bf16 has the range of fp32, so it needs no loss scaling. Emulated bf16 is slow.
         config.dtype = "float32"
-        if config.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        on_gpu = "cuda" in config.device and config.model != "tiny"
+        if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
             config.dtype = "bfloat16"
     return config
 
 
-def autocast(config):
-    """Return an autocast context: matmuls in --dtype; weights and reductions in fp32."""
-    return torch.autocast(config.device, getattr(torch, config.dtype),
-                          enabled=config.dtype != "float32")
-
-
 def import_sibling(name):
     """Import the module `name` from this folder; return None if this file was copied without it."""
-    if not Path(__file__).with_name(f"{name}.py").exists():
+    path = Path(__file__).with_name(f"{name}.py")
+    if not path.exists():
         return None
+    sys.path.insert(0, str(path.parent))    # missing with python -P and inside a package
     return importlib.import_module(name)
 
 
@@ -173,19 +175,19 @@ def read_examples(path, tokenizer, context_length):
     """Read a JSONL file and return its rows as training examples, a list of dicts.
 
     row: the JSON object, with strings under "prompt" and "completion"
-    input_ids: (T,), T ≤ context_length; attention_mask: ones (T,)
-    loss_mask: (T,), True for completion tokens
+    input_ids: (T,), T ≤ context_length
+    predicted, completion: masks (T,), true for all tokens and for completion tokens
     If a row is unusable, exit with an error that gives its file and line number.
     """
     examples = []
-    number, line = 0, b""
+    lines = Path(path).read_bytes().split(b"\n")
     try:
-        for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             row = json.loads(line)
             prompt, completion = tokenize(tokenizer, row["prompt"], row["completion"])
-            if not prompt or not completion or not row["completion"].strip():
+            if not prompt or not row["completion"].strip():
                 raise ValueError("empty prompt or completion")
             # The model must learn to stop: append EOS unless the completion ends with it or with
             # a newline.
@@ -196,8 +198,8 @@ def read_examples(path, tokenizer, context_length):
             # Reject long rows: truncation would cut off part of the prompt or completion.
             if len(ids) > context_length:
                 raise ValueError(f"{len(ids)} tokens; the model's context is {context_length}")
-            examples.append({"row": row, "input_ids": ids, "attention_mask": torch.ones_like(ids),
-                             "loss_mask": torch.arange(len(ids)) >= len(prompt)})
+            examples.append({"row": row, "input_ids": ids, "predicted": torch.ones_like(ids),
+                             "completion": torch.arange(len(ids)) >= len(prompt)})
     except Exception as error:          # the type depends on what is wrong with the row
         fail(f"{path}:{number}: {error!r} in {line[:60].decode(errors='replace')!r}; each line "
              "must be an object with a prompt and a completion (for chats see docs/use.md)")
@@ -231,15 +233,21 @@ def make_steps(examples, stage, epoch, config):
 
 
 def collate(examples, device):
-    """Return a batch: {"input_ids", "attention_mask", "loss_mask"}, each (B, T), and "examples".
+    """Return a batch: a dict with the examples, their input_ids and two index tensors.
 
-    Pad everything with 0 on the right, where a causal model never looks. Masks made by comparing
-    with a padding token would be wrong: it often equals EOS, which must be learned.
+    input_ids: (B, T), padded with 0 on the right, where a causal model never looks. The forward
+    pass therefore needs no attention mask.
+    predicted, completion: the positions whose next token the mask of that name selects, as indices
+    into B · (T-1) positions. Computed on the CPU: on a GPU, a mask would make Python wait.
     """
+    # Padding with the tokenizer's padding token and masking it by its id would be wrong: it often
+    # equals EOS, which must be learned.
     batch = {"examples": examples}
-    for key in ("input_ids", "attention_mask", "loss_mask"):
-        batch[key] = pad_sequence(
-            [example[key] for example in examples], batch_first=True).to(device)
+    for key in ("input_ids", "predicted", "completion"):
+        padded = pad_sequence([example[key] for example in examples], batch_first=True)
+        if key != "input_ids":
+            padded = padded[:, 1:].flatten().nonzero()[:, 0]
+        batch[key] = padded.to(device)
     return batch
 
 
@@ -255,37 +263,37 @@ def load_model(name, device):
     if evaluator is not None:
         return evaluator.load_model(name, device)       # does the same and rejects broken models
     print("note: eval_hallucination.py is not in this folder, so accuracy is not measured")
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=False)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:          # transformers raises many exception types
-        fail(f"--model {name}: {' '.join(str(error).split())[:300]}; pass the name of a model on "
-             "the hub, or a folder with config.json, model.safetensors and a tokenizer")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        name, dtype=torch.float32, trust_remote_code=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return model.to(device).eval(), tokenizer
 
 
-def last_hidden_state(model, batch):
-    """Return the hidden states after the final norm, (B, T-1, d); each predicts the next token.
+def last_hidden_state(model, batch, dtype):
+    """Return the hidden states after the final norm, (B · (T-1), d); each predicts the next token.
 
-    Apply the LM head only where a loss needs logits: a full (B, T, V) tensor of them can take more
-    memory than the model.
+    The model runs under autocast: matmuls in dtype (str), weights and reductions in fp32. The
+    result is fp32, and so are the LM head and the losses. In bf16, logits around -100, as GPT-2's,
+    would be multiples of 0.5. Apply the head only where a loss needs logits: a full (B, T, V)
+    tensor of them can take more memory than the model.
     """
-    # use_cache=False: only generation needs the key-value cache.
-    output = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                              use_cache=False)
-    return output.last_hidden_state[:, :-1]
+    with torch.autocast(model.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
+        # use_cache=False: only generation needs the key-value cache.
+        output = model.base_model(input_ids=batch["input_ids"], use_cache=False)
+    return output.last_hidden_state[:, :-1].flatten(0, 1).float()
 
 
+@torch.no_grad()
 def check_head(model, batch, name):
     """Reject a model whose logits are not its head applied to `last_hidden_state`."""
     try:
-        logits = model.get_output_embeddings()(last_hidden_state(model, batch))     # (B, T-1, V)
-        expected = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
+        hidden = last_hidden_state(model, batch, "float32")
+        logits = model.get_output_embeddings()(hidden)                          # (B · (T-1), V)
+        expected = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].flatten(0, 1)
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     except torch.OutOfMemoryError:
         raise
-    except (AssertionError, AttributeError, RuntimeError, TypeError):   # they differ, or no head
+    except Exception:           # many types: the logits differ, or there is no head
         fail(f"--model {name}: its logits are not its LM head applied to the last hidden state; "
              "they may be capped or scaled. Use docs/trainer.py, which needs only the logits")
 
@@ -293,16 +301,14 @@ def check_head(model, batch, name):
 def cross_entropy(model, hidden, batch, counts):
     """Compute this batch's contribution to the step's mean cross-entropy: (loss, {"ce"}).
 
-    hidden: (B, T-1, d) from `last_hidden_state`
-    counts: number of predicted tokens under each mask, summed over all batches of the step
+    hidden: from `last_hidden_state`
+    counts: number of predicted tokens of either kind, summed over all batches of the step
     Dividing by the step's count gives every token the same weight. Averaging per-batch means
     would overweight tokens in batches that have few completion tokens.
     """
-    mask = batch["loss_mask"][:, 1:]                                                # (B, T-1)
-    targets = batch["input_ids"][:, 1:][mask]                                       # (N,)
-    logits = model.get_output_embeddings()(hidden[mask])                            # (N, V)
-    # fp32: half precision is too coarse for the log of a sum over V terms.
-    ce = F.cross_entropy(logits.float(), targets, reduction="sum") / counts["loss_mask"]
+    targets = batch["input_ids"][:, 1:].flatten()[batch["completion"]]              # (N,)
+    logits = model.get_output_embeddings()(hidden[batch["completion"]])             # (N, V)
+    ce = F.cross_entropy(logits, targets, reduction="sum") / counts["completion"]
     return ce, {"ce": ce}
 
 
@@ -318,7 +324,7 @@ def get_lr(step, total, config):
     return config.learning_rate * (0.1 + 0.9 * cosine)
 
 
-def make_optimizer(model, config):
+def make_optimizer(model, config, stage):
     """Return AdamW with weight decay on matrices, but not on biases and norms."""
     matrices = {"params": [], "weight_decay": config.weight_decay}
     vectors = {"params": [], "weight_decay": 0.0}
@@ -340,14 +346,11 @@ def train_stage(stage, model, examples, loss_function, config, state):
     """
     epochs = config.format_epochs if stage == 1 else config.epochs
     # Gradients and Adam's two moments take three times the memory of the trained weights.
-    optimizer = make_optimizer(model, config)
-    # fp16 rounds gradients below 3e-8 to zero, so scale the loss up. Not needed in fp32 and bf16.
-    scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
+    optimizer = make_optimizer(model, config, stage)
     if state["epoch"] > 0:      # resumed
         # pop: otherwise the state would hold a second copy of the weights.
         model.load_state_dict(state.pop("model"))
         optimizer.load_state_dict(state.pop("optimizer"))
-        scaler.load_state_dict(state.pop("scaler"))
     for epoch in range(state["epoch"] + 1, epochs + 1):
         start = time.perf_counter()
         steps = make_steps(examples, stage, epoch, config)
@@ -359,29 +362,24 @@ def train_stage(stage, model, examples, loss_function, config, state):
             # Count the tokens predicted in this step. CE is averaged over those in completions,
             # the KL, if the method has one, over all of them.
             counts = {}
-            for mask in ("loss_mask", "attention_mask"):
-                counts[mask] = sum(batch[mask][:, 1:].sum() for batch in batches)
+            for key in ("completion", "predicted"):
+                counts[key] = sum(len(batch[key]) for batch in batches)
             # Each backward() adds to the gradients and frees the activations of its batch.
             logged = {}
             for batch in batches:
-                with autocast(config):
-                    loss, terms = loss_function(batch, counts)
-                scaler.scale(loss).backward()
+                loss, terms = loss_function(batch, counts)
+                loss.backward()
                 for name, term in terms.items():
                     logged[name] = logged.get(name, 0) + term.detach()
             for group in optimizer.param_groups:
                 group["lr"] = get_lr(step, epochs * len(steps), config)
-            scaler.unscale_(optimizer)          # clip the true gradients, not the scaled ones
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            # Read all values at once: each read makes Python wait for the GPU.
-            *values, norm = torch.stack([*logged.values(), norm]).tolist()
-            # An fp16 gradient may overflow, so do not check it: the scaler skips such a step.
-            checked = values if config.dtype == "float16" else [*values, norm]
-            if not math.isfinite(sum(checked)):
+            # Read all values and the norm at once: each read makes Python wait for the GPU.
+            values = torch.stack([*logged.values(), norm]).tolist()
+            if not math.isfinite(sum(values)):
                 fail(f"stage {stage}, epoch {epoch}: loss or gradient is not finite in step "
                      f"{step + 1} of the stage; lower --learning-rate or use --dtype float32")
-            scaler.step(optimizer)
-            scaler.update()
+            optimizer.step()
             optimizer.zero_grad()
             for name, value in zip(logged, values):
                 metrics[name] = metrics.get(name, 0) + value / len(steps)
@@ -389,7 +387,7 @@ def train_stage(stage, model, examples, loss_function, config, state):
                 print(f"stage {stage}, step 1: {dict(zip(logged, values))}")
         metrics["seconds_per_step"] = (time.perf_counter() - start) / max(1, len(steps))
         yield metrics, {"epoch": epoch, "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                        "optimizer": optimizer.state_dict()}
 
 
 def log(metrics):
@@ -427,9 +425,9 @@ def save_checkpoint(folder, model, tokenizer):
     temporary = folder / "tmp"
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    for file in temporary.iterdir():
-        file.replace(folder / file.name)
-    temporary.rmdir()
+    # Move the files; a tokenizer can have a subfolder of chat templates.
+    shutil.copytree(temporary, folder, copy_function=os.replace, dirs_exist_ok=True)
+    shutil.rmtree(temporary)
 
 
 def open_run_folder(run, config):
@@ -437,7 +435,7 @@ def open_run_folder(run, config):
 
     Return its path. unfinished.json marks an unfinished run. It becomes run.json at the end.
     """
-    out = Path(config.out).resolve()
+    out = Path(config.out)
     resumable = config.resume and any(out.glob("unfinished.json*"))     # also .tmp
     if any(out.glob("*")) and not resumable:
         fail(f"--out {config.out} is not empty; choose another folder (--resume continues only a "
@@ -467,7 +465,7 @@ def train(config):
     if evaluator is not None:
         # Fail if held-out facts are also trained on, or if --resume is used with different data or
         # settings. (Batch size and accumulation steps may change if their product does not.)
-        run |= evaluator.check_run(model, start, files, sets, run)
+        run |= evaluator.check_run(model, tokenizer, start, files, sets, run)
     check_head(model, collate(mixture[:1], model.device), start)
     out = open_run_folder(run, config)
     print(f"{model.num_parameters():,} parameters, {len(mixture)} rows per epoch")
@@ -476,11 +474,11 @@ def train(config):
         """Add the accuracies to `metrics`; return {set: result of the evaluator}."""
         if evaluator is None:
             return {}
-        with autocast(config):
-            return evaluator.evaluate_sets(model, tokenizer, sets, 4 * config.batch_size, metrics)
+        return evaluator.evaluate_sets(model, tokenizer, sets, 4 * config.batch_size, metrics)
 
     def ce_loss(batch, counts):
-        return cross_entropy(model, last_hidden_state(model, batch), batch, counts)
+        hidden = last_hidden_state(model, batch, config.dtype)
+        return cross_entropy(model, hidden, batch, counts)
 
     # Stage 1: learn the answer format from known facts. The result is saved as out/before. A run
     # that was interrupted in this stage has no state.pt and starts over.
@@ -529,8 +527,8 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         fail("out of memory; run again with --resume, half the --batch-size and twice the "
              "--gradient-accumulation-steps")
-    except OSError as error:            # e.g. part of --out is a file, or the disk is full
-        fail(f"{error}")
+    except (OSError, ValueError) as error:      # e.g. no such model, the disk is full, a bad row
+        fail(" ".join(f"{error}".split()))
     except KeyboardInterrupt:
         print("interrupted; --resume continues after the last finished epoch of stage 2",
               file=sys.stderr)
@@ -538,4 +536,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8")    # the default on Windows lacks characters
     main()
