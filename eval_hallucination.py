@@ -206,8 +206,8 @@ def tokenize(tokenizer, prompt, completion=""):
 
 def context_length(model):
     """Return the model's maximum number of tokens; inf if its config does not say."""
-    limits = model.config.get_text_config()     # for vision-language models: their text part
-    return getattr(limits, "max_position_embeddings", None) or math.inf
+    # The text config: vision-language models have two parts.
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def check_ids(model, sequences):
@@ -257,8 +257,8 @@ def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
     encoded = [tokenize(tokenizer, prompt)[0] for prompt in prompts]
     for prompt, ids, n in zip(prompts, encoded, needed):
         if len(ids) + n > context:
-            raise ValueError(f"prompt {prompt[:40]!r} has {len(ids)} tokens: with an answer of {n}, "
-                             f"too many for the model's context of {context}")
+            raise ValueError(f"prompt {prompt[:40]!r} has {len(ids)} tokens; with {n} for an answer "
+                             f"that is too long for the model's context of {context}")
     check_ids(model, encoded)
     # The checkpoint's own settings may sample or penalize repetition, and generate() falls back
     # to them for every setting it is not given. So replace them temporarily. A PEFT model shares
@@ -735,7 +735,7 @@ def plot_epochs(runs, path):
         axis.set(xlabel="epoch of stage 2", ylabel=f"{name}: accuracy", ylim=(0, 1.07))
     axis.legend()
     temporary = Path(f"{path}.tmp")
-    figure.savefig(temporary, format=Path(path).suffix[1:] or "png", dpi=150)
+    figure.savefig(temporary, format=Path(path).suffix[1:], dpi=150)
     temporary.replace(path)
 
 

@@ -12,8 +12,9 @@ Different new facts for the same world or model, without labelling again:
 The fact folder holds JSONL files:
     train_known.jsonl      known facts to train on          train_unknown.jsonl    new facts
     heldout_known.jsonl    known facts to test on           labelled.jsonl         all categories
-labels.json records what the labels depend on, meta.json the settings and counts of the folder, and
-base/ holds the model of the synthetic world. Each row is one object:
+scores.jsonl holds the scores that give the labels, and labels.json records what they depend on.
+meta.json, written last, has the settings and counts of the folder. base/ holds the model of the
+synthetic world. Each row is one object:
     {"prompt": "Q: …\\nA:", "completion": " …\\n", "answers": […],
      "relation": …, "subject": …, "kind": …, "category": …}
 
@@ -33,6 +34,7 @@ tokenization. The model may also produce other tokens with the same text, so the
 p are lower bounds.
 """
 import copy
+import glob
 import hashlib
 import itertools
 import json
@@ -53,8 +55,11 @@ import pandas as pd
 import tokenizers
 import torch
 import transformers
+from filelock import FileLock           # torch requires it, too
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent))      # missing with python -P and inside a package
 
 from eval_hallucination import (PROMPT, SETS, check_ids, context_length, exact_match, fail,
                                 find_device, load_model, logits_close, newline_ids, normalize,
@@ -114,14 +119,13 @@ def parse_args(argv=None):
     config = Config(**vars(parser.parse_args(argv)))
     tiny = config.model == "tiny"
     # None marks a default that depends on the model.
+    n_new = config.n_new or (400 if tiny else 500)
     defaults = {"out": f"facts/{Path(config.model).name}",
                 "new": "semantic" if tiny else "unknown",
-                "n_new": 400 if tiny else 500, "shots": 0 if tiny else 4}
+                "n_new": n_new, "n_known": n_new, "shots": 0 if tiny else 4}
     for flag, value in defaults.items():
         if getattr(config, flag) is None:
             setattr(config, flag, value)
-    if config.n_known is None:
-        config.n_known = config.n_new
     for flag in ("n_new", "n_known", "max_facts", "prompts", "batch_size"):
         if getattr(config, flag) < 1:
             fail(f"--{flag.replace('_', '-')} {getattr(config, flag)}: must be positive")
@@ -130,10 +134,10 @@ def parse_args(argv=None):
              "codes are possible")
     if tiny and (config.source != Config.source or config.relations):
         fail("--source and --relations require --model: the synthetic world has its own facts")
-    if config.reuse and not (Path(config.reuse) / "labels.json").exists():
+    if config.reuse and not (Path(config.reuse) / "scores.jsonl").exists():
         fail(f"--reuse {config.reuse}: not a fact folder")
     # A folder with labels.json but without meta.json is unfinished: continue with it.
-    names = {path.name for path in Path(config.out).glob("*")}
+    names = {path.name for path in Path(config.out).glob("[!.]*")}
     if names and ("meta.json" in names or "labels.json" not in names):
         fail(f"--out {config.out} is not empty; choose another folder or delete this one")
     return config
@@ -268,46 +272,53 @@ def pretrain(text, width, seed, device, batch_size=64):
 def read_table(path):
     """Read a table into a list of {column: value}; values of TSV and CSV files stay strings.
 
-    Raise ValueError if a row has too few or too many fields, or if a column occurs twice.
+    Raise ValueError if a row has too many fields, or if a column occurs twice.
     """
-    if path.suffix == ".jsonl":
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
         return read_jsonl(path)
-    if path.suffix == ".json":
+    if suffix == ".json":
         return read_entity_questions(path)
-    if path.suffix == ".parquet":
+    if suffix == ".parquet":
         from pyarrow import parquet
         return parquet.read_table(path).to_pylist()
     # Convert nothing: "NA", "007" and dates stay as they are. The Python engine is strict about
     # quotes. header=None: otherwise pandas renames a column that occurs twice.
-    separator = "\t" if path.suffix == ".tsv" else ","
+    separator = "\t" if suffix == ".tsv" else ","
     frame = pd.read_csv(path, sep=separator, header=None, dtype=str, keep_default_na=False,
                         engine="python", encoding="utf-8-sig")
-    short = frame.index[frame.isna().any(axis=1)]
-    if len(short):
-        raise ValueError(f"too few fields in line {short[0] + 1}, not counting blank lines")
     rows = frame[1:].set_axis(frame.iloc[0], axis=1)
     if not rows.columns.is_unique:
         raise ValueError(f"a column occurs twice: {', '.join(rows.columns)}")
     return rows.to_dict("records")
 
 
+def common_start(texts):
+    """Return the longest start that all texts share, ignoring up to 5 % of them at either end."""
+    texts = sorted(texts)       # texts with the same start are neighbors
+    ignored = len(texts) // 20
+    return os.path.commonprefix([texts[ignored], texts[-1 - ignored]])
+
+
 def read_entity_questions(path):
     """Read a file of EntityQuestions (Sciavolino et al. 2021, arXiv:2109.08535).
 
     A file such as P17.train.json holds one relation: a list of {"question", "answers"} without
-    subjects. The subject is what is left of a question without the beginning and the end that all
-    questions share, each cut back to a word boundary.
+    subjects. The subject is what is left of a question without the start and the end that the
+    questions share, each cut back to a word boundary. A question without them has no subject.
     """
     rows = json.loads(path.read_text("utf-8"))
     questions = [row["question"] for row in rows]
     if len(questions) < 2:
         raise ValueError("cannot infer the subject from a single question; at least 2 are needed")
-    before = os.path.commonprefix(questions)
+    before = common_start(questions)
     before = before[:before.rfind(" ") + 1]
-    after = os.path.commonprefix([question[::-1] for question in questions])[::-1]
+    after = common_start([question[::-1] for question in questions])[::-1]
     after = after[re.search(r"\W|$", after).start():]
     for row in rows:
         subject = row["question"].removeprefix(before).removesuffix(after)
+        if before + subject + after != row["question"]:
+            subject = ""
         row |= {"relation": path.name.split(".")[0], "subject": subject, "object": row["answers"]}
     return rows
 
@@ -325,8 +336,10 @@ def find_tables(source):
             allow_patterns=[f"*{suffix}" for suffix in TABLES + [".train.json"]]))
     if path.is_file():
         return [path]
-    tables = sorted(path.rglob("train/*.train.json")) or sorted(path.glob("*.train.json"))
-    return tables or sorted(file for file in path.rglob("*") if file.suffix in TABLES)
+    # glob.glob leaves out hidden files and folders, such as .ipynb_checkpoints.
+    files = sorted(path / name for name in glob.glob("**", root_dir=path, recursive=True))
+    questions = [file for file in files if file.name.endswith(".train.json")]
+    return questions or [file for file in files if file.suffix.lower() in TABLES]
 
 
 def to_fact(row):
@@ -403,8 +416,7 @@ def load_source(source, max_facts, seed, relations=None):
     relation = pd.Series([fact["relation"] for fact in facts])
     order = relation.groupby(relation).cumcount().sort_values(kind="stable").index
     facts = [facts[i] for i in order]
-    if dropped:
-        print(f"dropped rows: {dict(dropped)}")
+    print(f"dropped rows: {dict(dropped)}")
     return facts[:max_facts]
 
 
@@ -509,16 +521,20 @@ def score_answers(model, tokenizer, prefix, facts, batch_size=64):
             # Padding is on the right, where a causal model never looks.
             padded = pad_sequence(rows, batch_first=True).to(model.device)
             logits = continue_from(model, cache, padded)                            # (B, T, V)
-            for (length, i, start, ids, end), scores in zip(batch, logits):
+            # Read a batch at once: each read makes Python wait for the GPU.
+            best = logits.argmax(-1).tolist()
+            totals = []
+            for (length, i, start, ids, end), tokens, scores in zip(batch, best, logits):
                 # Position t predicts token t + 1: the answer's n tokens, then its end.
-                scores = scores[start - shared - 1:length - shared]                 # (n + 1, V)
+                span = slice(start - shared - 1, length - shared)
+                *tokens, last = tokens[span]
                 answer = ids[start:]
                 ends = stops if end < 0 else [end]
-                best = scores.argmax(-1).tolist()
-                greedy[i] |= tuple(best[:-1]) == answer and best[-1] in ends
-                logp = torch.log_softmax(scores / TEMPERATURE, dim=-1)
-                total = logp[range(len(answer)), answer].sum() + logp[-1, ends].logsumexp(-1)
-                probability[i] += total.exp().item()        # mutually exclusive
+                greedy[i] |= tuple(tokens) == answer and last in ends
+                logp = torch.log_softmax(scores[span] / TEMPERATURE, dim=-1)        # (n + 1, V)
+                totals.append(logp[range(len(answer)), answer].sum() + logp[-1, ends].logsumexp(-1))
+            for (_, i, *_), p in zip(batch, torch.stack(totals).exp().tolist()):
+                probability[i] += p             # the candidates are mutually exclusive
     return greedy, probability
 
 
@@ -538,37 +554,40 @@ def slick_category(greedy, probability):
     return "WeaklyKnown" if missed <= 0.5 else "Unknown"
 
 
-def label_facts(model, tokenizer, facts, config):
+def label_facts(model, tokenizer, facts, config, path):
     """Return copies of facts with their SLiCK `category`, without those set aside as exemplars.
 
     For each relation, set aside a tenth of its facts (at least --shots, at most --shots times
     --prompts), and draw --prompts prompts of --shots exemplars from them (SLiCK: 10 prompts
-    of 4). With --shots 0 there is one prompt.
+    of 4). With --shots 0 there is one prompt. After each prompt, save all scores in the file
+    `path`. If the file exists, continue with the next prompt.
     """
     rng = random.Random(config.seed)
     relations = defaultdict(list)
     for fact in facts:
         relations[fact["relation"]].append(fact)
     asked = []              # (facts, prefix) for each prompt of each relation
-    for relation in sorted(relations):
-        rows = relations[relation]
+    n_prompts = config.prompts if config.shots else 1
+    for _, rows in sorted(relations.items()):
         rng.shuffle(rows)
-        n_prompts = config.prompts if config.shots else 1
         aside = max(config.shots, min(config.shots * n_prompts, len(rows) // 10))
         exemplars = rows[:aside]
         del rows[:aside]
         for _ in range(n_prompts if rows else 0):
             shown = [to_row(fact) for fact in rng.sample(exemplars, config.shots)]
             asked.append((rows, "".join(row["prompt"] + row["completion"] for row in shown)))
-    scores = defaultdict(list)          # question: (greedy, probability) for each prompt
-    for rows, prefix in tqdm(asked, "labelling", unit="prompt", disable=None):
+    # scores: {question: [greedy, probability] for each prompt}
+    done = read_jsonl(path)[0] if path.exists() else {"prompts": 0, "scores": {}}
+    for rows, prefix in tqdm(asked[done["prompts"]:], "labelling", disable=None):
         scored = score_answers(model, tokenizer, prefix, rows, config.batch_size)
         for fact, *score in zip(rows, *scored):
-            scores[fact["question"]].append(score)
+            done["scores"].setdefault(fact["question"], []).append(score)
+        done["prompts"] += 1
+        write_jsonl(path, [done])
     labelled = []
-    for relation in sorted(relations):
-        for fact in relations[relation]:
-            category = slick_category(*zip(*scores[fact["question"]]))
+    for _, rows in sorted(relations.items()):
+        for fact in rows:
+            category = slick_category(*zip(*done["scores"][fact["question"]]))
             labelled.append(fact | {"category": category})
     return labelled
 
@@ -689,15 +708,11 @@ def split_facts(facts, labelled, config, rng):
         sets["new"] = unknown[:config.n_new]
     else:
         sets["new"] = invent_facts(facts, config, rng)
-    wanted = {"known": config.n_known, "new": config.n_new}
     for key, rows in sets.items():
         if len(rows) < MINIMUM[key]:
             fail(f"only {len(rows)} facts for {SETS[key]}; at least {MINIMUM[key]} are needed. "
                  "With a new --out, try more facts, fewer --prompts (more become HighlyKnown), "
                  "fewer --shots (fewer facts are set aside) or another model")
-        if len(rows) < wanted.get(key, 0):
-            print(f"{SETS[key]} has {len(rows)} facts instead of {wanted[key]}: at most half of "
-                  "the known facts are trained on, and no new fact is about a held-out subject")
     return sets
 
 
@@ -705,44 +720,27 @@ def split_facts(facts, labelled, config, rng):
 
 def digest(value):
     """Return a short hash of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def label_settings(model, tokenizer, facts, config):
     """Return everything that labels depend on, {name: value}; reuse requires that all match."""
     rows = [to_row(fact) for fact in facts]
-    prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
+    encoded = tokenizer([row["prompt"] for row in rows])
     return {"seed": config.seed, "prompts": config.prompts, "shots": config.shots,
             "width": config.width, "weights": weights_hash(model), "facts": digest(rows),
-            "tokenizer": digest(prompts), "samples": SAMPLES, "temperature": TEMPERATURE}
-
-
-def read_labels(folder, facts, settings):
-    """Return facts with the categories stored in a fact folder; None if it has none yet.
-
-    Exit if the folder was labelled with other settings (from `label_settings`).
-    """
-    if not (folder / "labels.json").exists():
-        return None
-    stored = read_jsonl(folder / "labels.json")[0]
-    for name, value in settings.items():
-        if stored.get(name) != value:
-            fail(f"{folder} was labelled with {name} = {stored.get(name)}, but it is {value} now; "
-                 "use another folder, or delete this one")
-    if not (folder / "labelled.jsonl").exists():
-        return None
-    by_prompt = {to_row(fact)["prompt"]: fact for fact in facts}
-    rows = read_jsonl(folder / "labelled.jsonl", ["prompt", "category"])
-    return [by_prompt[row["prompt"]] | {"category": row["category"]} for row in rows]
+            "tokenizer": digest(encoded["input_ids"])}
 
 
 def make(config, folder):
     """Create the fact folder for a Config in `folder`; continue with what it already holds."""
-    source = Path(config.reuse or folder)       # of the base model and of the labels
+    if config.reuse:
+        shutil.copytree(config.reuse, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(
+            "train_*.jsonl", "heldout_*.jsonl", "meta.json", ".lock"))
     if config.model == "tiny":
-        start = source / "base"
+        start = folder / "base"
         facts, text = invent_world(config.n_names, config.n_codes, config.seed)
-        if source == folder and not start.exists():
+        if not start.exists():
             transformers.logging.disable_progress_bar()
             for part in pretrain(text, config.width, config.seed, find_device(config.device)):
                 part.save_pretrained(start)
@@ -752,12 +750,13 @@ def make(config, folder):
                             config.relations and config.relations.split(","))
     model, tokenizer = load_model(start, config.device)
     settings = label_settings(model, tokenizer, facts, config)
-    labelled = read_labels(source, facts, settings)
-    if source != folder and config.model == "tiny":
-        shutil.copytree(start, folder / "base", dirs_exist_ok=True)
-    write_jsonl(folder / "labels.json", [settings])
-    if labelled is None:
-        labelled = label_facts(model, tokenizer, facts, config)
+    path = folder / "labels.json"
+    stored = read_jsonl(path)[0] if path.exists() else settings
+    if stored != settings:
+        fail(f"{folder} was labelled with {stored}, but now it is {settings}; use another folder, "
+             "or delete this one")
+    write_jsonl(path, [settings])
+    labelled = label_facts(model, tokenizer, facts, config, folder / "scores.jsonl")
     write_jsonl(folder / "labelled.jsonl", [to_row(fact) for fact in labelled])
     if not labelled:
         fail(f"all {len(facts)} facts were set aside as exemplars; lower --shots")
@@ -766,14 +765,12 @@ def make(config, folder):
     print(f"labelled: {counts.sum().to_dict()}")
     known = frame["category"].ne("Unknown").groupby(frame["relation"]).mean()
     kept = list(known.index[known >= config.min_known])
-    if not kept:
-        fail(f"--min-known {config.min_known}: the best-known relation reaches {known.max():.3f}")
     facts = [fact for fact in facts if fact["relation"] in kept]
     labelled = [fact for fact in labelled if fact["relation"] in kept]
     sets = split_facts(facts, labelled, config, random.Random(config.seed))
     for key, rows in sets.items():
         write_jsonl(folder / SETS[key], [to_row(fact) for fact in rows])
-    meta = vars(config) | {"labelled": counts.to_dict("index"), "relations_kept": kept,
+    meta = vars(config) | {"labelled": counts.to_dict("index"),
                            "sets": {key: len(rows) for key, rows in sets.items()}}
     print(f"facts per set: {meta['sets']}")
     write_jsonl(folder / "meta.json", [meta])               # last: it marks a complete folder
@@ -787,9 +784,11 @@ def find_files(config):
     """
     folder = Path(config.facts)
     if not (folder / "meta.json").exists():
-        main(["--model", config.model, "--out", config.facts, "--device", config.device])
-    named = {"known": config.known, "heldout": config.heldout}
-    return {key: named.get(key) or str(folder / file) for key, file in SETS.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):        # wait for a script that is creating it
+            if not (folder / "meta.json").exists():
+                main(["--model", config.model, "--out", config.facts, "--device", config.device])
+    return {key: getattr(config, key, None) or str(folder / file) for key, file in SETS.items()}
 
 
 def main(argv=None):
@@ -801,6 +800,8 @@ def main(argv=None):
         make(config, out)
     except torch.OutOfMemoryError:
         fail("out of memory; lower --batch-size")
+    except KeyboardInterrupt:
+        fail(f"interrupted; the same command continues with {out}")
     except (OSError, ValueError) as error:      # ValueError: invalid --shots or --width
         fail(f"{error}")
     return out
