@@ -240,8 +240,8 @@ def equal_length_batches(encoded, batch_size):
 def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
     """Generate greedy answers to `prompts`, up to the first newline or EOS; return list of str.
 
-    needed: number of tokens that must fit for each answer (list of int, default 16), or raise
-    ValueError. Every answer may be one token longer than the longest of them. An answer that has
+    needed: number of tokens of each answer, plus one (list of int, default 16). Raise ValueError if
+    a prompt leaves too few. Every answer may be up to max(needed) tokens long. An answer that has
     not ended by then is marked "[cut off]".
     """
     import torch
@@ -256,9 +256,9 @@ def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
     context = context_length(model)
     encoded = [tokenize(tokenizer, prompt)[0] for prompt in prompts]
     for prompt, ids, n in zip(prompts, encoded, needed):
-        if len(ids) + n > context:
-            raise ValueError(f"prompt {prompt[:40]!r} has {len(ids)} tokens; with {n} for an answer "
-                             f"that is too long for the model's context of {context}")
+        if len(ids) + n > context + 1:
+            raise ValueError(f"prompt {prompt[:40]!r} has {len(ids)} tokens; {n} more for an "
+                             f"answer exceed the model's context of {context}")
     check_ids(model, encoded)
     # The checkpoint's own settings may sample or penalize repetition, and generate() falls back
     # to them for every setting it is not given. So replace them temporarily. A PEFT model shares
@@ -271,7 +271,7 @@ def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
             ids = torch.tensor([encoded[i] for i in rows], device=model.device)         # (B, T)
             length = ids.shape[1]
             model.generation_config = GenerationConfig(
-                do_sample=False, max_new_tokens=min(max(needed) + 1, context - length),
+                do_sample=False, max_new_tokens=min(max(needed), context - length),
                 eos_token_id=stops, pad_token_id=0)
             with torch.autocast(model.device.type, enabled=False):
                 output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
@@ -307,7 +307,7 @@ def evaluate(model, tokenizer, rows, batch_size=64):
     needed = []
     for texts in accepted:
         # An answer of special tokens alone leaves no text.
-        needed.append(1 + max(len(tokenizer(f" {text}")["input_ids"]) for text in texts or [""]))
+        needed.append(2 + max(len(tokenizer(f" {text}")["input_ids"]) for text in texts or [""]))
     answers = generate_answers(model, tokenizer, [r["prompt"] for r in rows], needed, batch_size)
     right = [exact_match(*pair) for pair in zip(answers, accepted)]
     accuracy = sum(right) / len(right) if rows else None

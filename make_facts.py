@@ -294,9 +294,9 @@ def read_table(path):
 
 
 def common_start(texts):
-    """Return the longest start that all texts share, ignoring up to 5 % of them at either end."""
+    """Return the longest start that all texts share, but for 1 % at either end of the alphabet."""
     texts = sorted(texts)       # texts with the same start are neighbors
-    ignored = len(texts) // 20
+    ignored = len(texts) // 100
     return os.path.commonprefix([texts[ignored], texts[-1 - ignored]])
 
 
@@ -336,10 +336,10 @@ def find_tables(source):
             allow_patterns=[f"*{suffix}" for suffix in TABLES + [".train.json"]]))
     if path.is_file():
         return [path]
+    tables = sorted(path.rglob("train/*.train.json")) or sorted(path.glob("*.train.json"))
     # glob.glob leaves out hidden files and folders, such as .ipynb_checkpoints.
-    files = sorted(path / name for name in glob.glob("**", root_dir=path, recursive=True))
-    questions = [file for file in files if file.name.endswith(".train.json")]
-    return questions or [file for file in files if file.suffix.lower() in TABLES]
+    return tables or [path / name for name in sorted(glob.glob("**", root_dir=path, recursive=True))
+                      if Path(name).suffix.lower() in TABLES]
 
 
 def to_fact(row):
@@ -550,8 +550,9 @@ def slick_category(greedy, probability):
         return "HighlyKnown"
     if any(greedy):
         return "MaybeKnown"
-    missed = math.prod((1 - p) ** SAMPLES for p in probability)
-    return "WeaklyKnown" if missed <= 0.5 else "Unknown"
+    if math.prod((1 - p) ** SAMPLES for p in probability) <= 0.5:
+        return "WeaklyKnown"
+    return "Unknown"
 
 
 def label_facts(model, tokenizer, facts, config, path):
@@ -727,16 +728,16 @@ def label_settings(model, tokenizer, facts, config):
     """Return everything that labels depend on, {name: value}; reuse requires that all match."""
     rows = [to_row(fact) for fact in facts]
     encoded = tokenizer([row["prompt"] for row in rows])
-    return {"seed": config.seed, "prompts": config.prompts, "shots": config.shots,
-            "width": config.width, "weights": weights_hash(model), "facts": digest(rows),
-            "tokenizer": digest(encoded["input_ids"])}
+    settings = {name: getattr(config, name) for name in ("seed", "prompts", "shots", "width")}
+    return settings | {"weights": weights_hash(model), "facts": digest(rows),
+                       "tokenizer": digest(encoded["input_ids"])}
 
 
 def make(config, folder):
     """Create the fact folder for a Config in `folder`; continue with what it already holds."""
     if config.reuse:
         shutil.copytree(config.reuse, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(
-            "train_*.jsonl", "heldout_*.jsonl", "meta.json", ".lock"))
+            "train_*.jsonl", "heldout_*.jsonl", "meta.json"))
     if config.model == "tiny":
         start = folder / "base"
         facts, text = invent_world(config.n_names, config.n_codes, config.seed)
@@ -758,13 +759,14 @@ def make(config, folder):
     write_jsonl(path, [settings])
     labelled = label_facts(model, tokenizer, facts, config, folder / "scores.jsonl")
     write_jsonl(folder / "labelled.jsonl", [to_row(fact) for fact in labelled])
-    if not labelled:
-        fail(f"all {len(facts)} facts were set aside as exemplars; lower --shots")
-    frame = pd.DataFrame(labelled)
+    frame = pd.DataFrame(labelled, columns=["relation", "category"])
     counts = pd.crosstab(frame["relation"], frame["category"])
     print(f"labelled: {counts.sum().to_dict()}")
     known = frame["category"].ne("Unknown").groupby(frame["relation"]).mean()
-    kept = list(known.index[known >= config.min_known])
+    kept = known.index[known >= config.min_known]
+    if kept.empty:
+        fail(f"--min-known {config.min_known}, --shots {config.shots}: no relation has enough "
+             f"known facts, of {len(facts)} facts in all; lower one of them")
     facts = [fact for fact in facts if fact["relation"] in kept]
     labelled = [fact for fact in labelled if fact["relation"] in kept]
     sets = split_facts(facts, labelled, config, random.Random(config.seed))
@@ -783,10 +785,11 @@ def find_files(config):
     which is created if absent.
     """
     folder = Path(config.facts)
-    if not (folder / "meta.json").exists():
+    meta = folder / "meta.json"
+    if not meta.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):        # wait for a script that is creating it
-            if not (folder / "meta.json").exists():
+            if not meta.exists():
                 main(["--model", config.model, "--out", config.facts, "--device", config.device])
     return {key: getattr(config, key, None) or str(folder / file) for key, file in SETS.items()}
 

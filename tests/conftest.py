@@ -100,14 +100,14 @@ def restored():
 
 def counts_of(batches):
     """Count the tokens that a step of collated batches predicts, as the losses expect them."""
-    return {mask: sum(int(batch[mask][:, 1:].sum()) for batch in batches)
-            for mask in ("loss_mask", "attention_mask")}
+    return {key: sum(len(batch[key]) for batch in batches) for key in ("completion", "predicted")}
 
 
-def ce_loss(script, model):
+def ce_loss(script, model, dtype="float32"):
     """Return the cross-entropy loss of `script` as loss_function(batch, counts)."""
     def loss_function(batch, counts):
-        return script.cross_entropy(model, script.last_hidden_state(model, batch), batch, counts)
+        hidden = script.last_hidden_state(model, batch, dtype)
+        return script.cross_entropy(model, hidden, batch, counts)
     return loss_function
 
 

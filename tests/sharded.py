@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from conftest import trainer_class
+from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainingArguments
 
 import sft_selfdistill as script
@@ -22,10 +23,11 @@ import sft_selfdistill as script
 
 def collate(examples):
     """Collate examples of the scripts for a Trainer's models."""
-    batch = script.collate(examples, "cpu")
-    labels = batch["input_ids"].masked_fill(~batch["loss_mask"], -100)
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"],
-            "labels": labels}
+    ids, mask, completion = [
+        pad_sequence([example[key] for example in examples], batch_first=True)
+        for key in ("input_ids", "predicted", "completion")]
+    return {"input_ids": ids, "attention_mask": mask,
+            "labels": ids.masked_fill(~completion, -100)}
 
 
 def without_dropout(model):

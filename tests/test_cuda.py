@@ -14,7 +14,7 @@ import sft_baseline
 import sft_selfdistill
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-DTYPES = ["float32", "bfloat16", "float16"]
+DTYPES = ["float32", "bfloat16"]
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,11 @@ def gradient_of(model):
 
 
 def test_auto_selects_the_gpu():
-    config = sft_baseline.parse_args([])
-    assert config.device == "cuda" and config.dtype in ("bfloat16", "float32")
+    """In bf16 if the GPU has it; the tiny model in fp32, like on a CPU."""
+    config = sft_baseline.parse_args(["--model", "x"])
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    assert config.device == "cuda" and config.dtype == ("bfloat16" if has_bf16 else "float32")
+    assert sft_baseline.parse_args([]).dtype == "float32"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -49,37 +52,19 @@ def test_run(workplace, method, dtype):
     assert eval_hallucination.load_model(workplace / "x")[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_close_to_fp32(on_gpu, dtype):
+def test_bf16_is_close_to_fp32(on_gpu):
     """The loss differs by at most 2 %, the gradient by at most 5 %."""
     model, _, examples = on_gpu
     batch = sft_baseline.collate(examples, "cuda")
     losses, gradients = [], []
-    for precision in ("float32", dtype):
+    for dtype in DTYPES:
         model.zero_grad()
-        with sft_baseline.autocast(sft_baseline.Config(device="cuda", dtype=precision)):
-            loss, _ = ce_loss(sft_baseline, model)(batch, counts_of([batch]))
+        loss, _ = ce_loss(sft_baseline, model, dtype)(batch, counts_of([batch]))
         loss.backward()
         losses.append(loss.item())
         gradients.append(gradient_of(model))
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     assert (gradients[1] - gradients[0]).norm() <= 0.05 * gradients[0].norm()
-
-
-def test_fp16_skips_steps_whose_gradient_overflows(on_gpu, monkeypatch):
-    """At a scale of 2^40 the first gradients overflow; then the scale falls, and CE does too."""
-    scaler = torch.amp.GradScaler
-    scalers = []
-
-    def large_scale(*args, **more):
-        scalers.append(scaler(*args, **more, init_scale=2.0 ** 40))
-        return scalers[-1]
-    monkeypatch.setattr(torch.amp, "GradScaler", large_scale)
-    model = copy.deepcopy(on_gpu[0])
-    loss_function = ce_loss(sft_baseline, model)
-    metrics = train_epochs(sft_baseline, model, on_gpu[2], loss_function, device="cuda",
-                           dtype="float16", epochs=8)
-    assert scalers[0].get_scale() < 2.0 ** 40 and metrics[-1]["ce"] < metrics[0]["ce"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,22 +83,21 @@ def test_chunks_do_not_change_the_gradient(on_gpu, monkeypatch, dtype):
     for size in (7, 10 ** 6):
         monkeypatch.setattr(sft_selfdistill, "CHUNK", size * model.config.vocab_size)
         student.zero_grad()
-        with sft_selfdistill.autocast(config):
-            loss, _ = sft_selfdistill.self_distillation(
-                student, head, batch, counts_of([batch]), config)
+        loss, _ = sft_selfdistill.self_distillation(
+            student, head, batch, counts_of([batch]), config)
         loss.backward()
         gradients.append(gradient_of(student))
     assert (gradients[0] - gradients[1]).norm() <= 0.02 * gradients[1].norm()
 
 
-def test_generation_in_fp16(on_gpu, world):
-    """Batches give the answers of single prompts."""
+def test_generation(on_gpu, world):
+    """Batches give the answers of single prompts, and autocast does not matter."""
     model, tokenizer, _ = on_gpu
     rows = rows_of(world / "heldout_known.jsonl")[:12]
     prompts = ["Q: " * (i % 3) + row["prompt"] for i, row in enumerate(rows)]
     answers = []
-    with torch.autocast("cuda", torch.float16):
-        for size in (12, 1):
+    for size, enabled in ((12, True), (1, False)):
+        with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
             answers.append(eval_hallucination.generate_answers(
                 model, tokenizer, prompts, batch_size=size))
     assert sum(a == b for a, b in zip(*answers)) >= 11

@@ -15,7 +15,7 @@ from conftest import call, refused, rows_of
 import eval_hallucination
 from eval_hallucination import (accepted_answers, compare, context_length, equal_length_batches,
                                 evaluate, exact_match, flips, generate_answers, load_model,
-                                mcnemar, normalize, read_jsonl, read_run, special_tokens, stop_ids,
+                                mcnemar, normalize, read_jsonl, read_run, stop_ids,
                                 tokenize, wilson, write_answers, write_jsonl)
 
 PLOTS = importlib.util.find_spec("matplotlib") is not None
@@ -78,7 +78,7 @@ def test_batched_answers_equal_single_answers(base, world):
 
 def test_equal_length_batches():
     encoded = [[0] * n for n in (3, 9, 3, 1, 3, 9)]
-    assert equal_length_batches(encoded, 2) == [[1, 5], [4], [0, 2], [3]]
+    assert equal_length_batches(encoded, 2) == [[1, 5], [0, 2], [4], [3]]
 
 
 def test_generation_settings_of_a_checkpoint_are_ignored(base):
@@ -115,14 +115,14 @@ def test_evaluate(base, world):
     # Answers are strings or lists of strings. Blank ones, special tokens and further lines do not
     # count.
     answer = rows[0]["answers"][0]
-    assert accepted_answers({"answers": "Ulm"}) == ["Ulm"]
-    assert accepted_answers({"answers": ["", None, " "], "completion": "Ulm"}) == ["Ulm"]
+    assert accepted_answers({"answers": "Ulm"}, tokenizer) == ["Ulm"]
+    assert accepted_answers({"answers": ["", None, " "], "completion": "Ulm"}, tokenizer) == ["Ulm"]
     for written in (answer, [None, answer, ""], f" {answer}<|endoftext|>", [f"{answer}\nQ: Who?"]):
         assert evaluate(*base, [rows[0] | {"answers": written}])["accuracy"] == 1.0, written
     row = {"prompt": rows[0]["prompt"], "completion": f" {answer}<|endoftext|>\n"}
     assert evaluate(*base, [row])["accuracy"] == 1.0
     row = {"completion": "Ulm<|endoftext|>\n<|endoftext|>"}
-    assert accepted_answers(row, special_tokens(tokenizer)) == ["Ulm"]
+    assert accepted_answers(row, tokenizer) == ["Ulm"]
     # A completion of special tokens alone leaves no answer: it is never right.
     empty = {"prompt": rows[0]["prompt"], "completion": "<|endoftext|>"}
     assert evaluate(*base, [empty])["right"] == [False]
@@ -154,17 +154,19 @@ def test_a_long_row_does_not_change_the_answers_of_others(base, world):
     rows = read_jsonl(world / "heldout_known.jsonl")[:12]
     answer = {"prompt": rows[0]["prompt"], "answers": ["Genis " * 108]}
     assert evaluate(*base, rows + [answer])["right"] == [True] * 12 + [False]
-    prompt = {"prompt": "Genis " * 110 + rows[0]["prompt"], "answers": ["Ulm"]}
+    prompt = {"prompt": "Genis " * 105 + rows[0]["prompt"], "answers": ["Ulm"]}
     assert evaluate(*base, rows + [prompt, answer])["right"][:12] == [True] * 12
 
 
-def test_a_prompt_beyond_the_context_is_truncated_on_the_left(base, world, capsys):
+def test_a_prompt_that_leaves_no_room_for_its_answer_is_rejected(base, world):
+    """It would have to lose its beginning, or the answer its end."""
     tokenizer = base[1]
     row = read_jsonl(world / "heldout_known.jsonl")[0]
-    long = " ".join(row["answers"][0] for _ in range(200)) + "\n" + row["prompt"]
-    rest = tokenizer.decode(tokenize(tokenizer, long)[0][-120:])
-    assert generate_answers(*base, [long], [8]) == generate_answers(*base, [rest], [8])
-    assert capsys.readouterr().err.count("truncated on the left") == 1
+    long = "Genis " * 100 + row["prompt"]
+    length = len(tokenize(tokenizer, long)[0])
+    assert len(generate_answers(*base, [long], [129 - length])) == 1
+    with pytest.raises(ValueError, match=f"has {length} tokens.* context of 128"):
+        generate_answers(*base, [long], [130 - length])
 
 
 def test_models_that_ignore_the_attention_mask(base, world, capsys, monkeypatch):
@@ -203,9 +205,6 @@ def save(model, tokenizer, folder):
 
 def test_context_length(base):
     assert context_length(base[0]) == 128
-    config = transformers.MptConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=99,
-                                    max_seq_len=77)
-    assert context_length(transformers.AutoModelForCausalLM.from_config(config)) == 77
     text = {"vocab_size": 99, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
             "max_position_embeddings": 55}
@@ -327,7 +326,7 @@ def test_run_json_counts_the_new_facts_that_are_trained_on(workplace):
 
 
 def test_answers_of_a_trained_run(workplace):
-    """Tables, examples, one question to two runs, and a note if --facts has other rows."""
+    """Tables, examples, and a note if --facts has other rows."""
     for method in ("sft_baseline", "sft_freeze"):
         call(workplace, method, "--epochs", 12, "--learning-rate", 4e-3, "--out",
              f"runs/{method}")
@@ -339,17 +338,6 @@ def test_answers_of_a_trained_run(workplace):
             if row["right_before"] and not row["right_after"]]
     examples = [f"{row['prompt']} {row['before']} → {row['after']}\n" for row in lost]
     assert len(lost) > 2 and [example in printed for example in examples[:3]] == [True, True, False]
-
-    question = lost[0]["prompt"][3:-3]
-    words = ["runs/sft_baseline", "runs/sft_freeze", "--ask", question]
-    printed = call(workplace, "eval_hallucination", *words).stdout
-    answers = dict(re.split(r" {2,}", line, maxsplit=1) for line in printed.splitlines())
-    assert answers["runs/sft_baseline/before"] == lost[0]["before"]
-    assert answers["runs/sft_baseline"] == lost[0]["after"]
-    assert list(answers) == ["runs/sft_baseline/before", "runs/sft_baseline",
-                             "runs/sft_freeze/before", "runs/sft_freeze"]
-    words = ["--model", "x", "--facts", "facts/tiny", "--ask", "Who?"]
-    assert "--ask" in refused(workplace, "eval_hallucination", *words)
 
     # Held-out facts of another folder may be among those that the run was trained on.
     shutil.copytree(workplace / "facts/tiny", workplace / "other")

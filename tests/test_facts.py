@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 from collections import Counter
 
@@ -100,7 +101,7 @@ def test_slick_categories():
     assert category([False], [0.0425]) == "WeaklyKnown" and category([False], [0.0423]) == "Unknown"
 
 
-def test_exemplars_are_not_labelled(base, labelled, monkeypatch):
+def test_exemplars_are_not_labelled(base, labelled, monkeypatch, tmp_path):
     shown, scored = [], []
 
     def score(model, tokenizer, prefix, facts, batch_size):
@@ -108,7 +109,7 @@ def test_exemplars_are_not_labelled(base, labelled, monkeypatch):
         scored.extend(f["question"] for f in facts)
         return [True] * len(facts), [1.0] * len(facts)
     monkeypatch.setattr(make_facts, "score_answers", score)
-    done = make_facts.label_facts(*base, facts_of(labelled), config("--prompts", 3, "--shots", 2))
+    done = make_facts.label_facts(*base, facts_of(labelled), config("--prompts", 3, "--shots", 2), tmp_path / "scores")
     assert len(shown) == 3 * len({f["relation"] for f in labelled}) and {p.count("Q: ") for p in shown} == {2}
     assert not any(f"Q: {question}\n" in prefix for prefix in shown for question in scored)
     assert len(done) < len(labelled) and {f["category"] for f in done} == {"HighlyKnown"}
@@ -193,19 +194,19 @@ def test_no_object_dominates():
     assert counts == {("a", "English"): 10, ("a", "french."): 10, ("a", "Thai"): 10, ("b", "English"): 1}
 
 
-def test_answers_without_tokens_are_unknown(base, monkeypatch):
+def test_answers_without_tokens_are_unknown(base, monkeypatch, tmp_path):
     """If no answer of a relation can be tokenized back to itself, its facts are Unknown."""
     monkeypatch.setattr(make_facts, "tokenizations", lambda *args: set())
     facts = [{"relation": "r", "subject": "Ulm", "question": "Who made Ulm?", "answers": ["x"], "kind": "name"}]
-    labelled, = make_facts.label_facts(*base, facts, config("--shots", 0))
+    labelled, = make_facts.label_facts(*base, facts, config("--shots", 0), tmp_path / "scores")
     assert labelled["category"] == "Unknown"
 
 
-def test_long_questions_are_rejected(base, labelled, capsys):
+def test_long_questions_are_rejected(base, labelled, capsys, tmp_path):
     facts = facts_of(labelled) + [{"relation": "z", "subject": str(i), "question": "Genis " * 99, "answers": ["Ulm"], "kind": "name"}
                                   for i in range(9)]
     with pytest.raises(SystemExit):
-        make_facts.label_facts(*base, facts, config("--shots", 4, "--prompts", 2))
+        make_facts.label_facts(*base, facts, config("--shots", 4, "--prompts", 2), tmp_path / "scores")
     assert "lower --shots" in capsys.readouterr().err
 
 
@@ -215,7 +216,7 @@ ANSWERS = ["Genis Co.", "Ulm", "St. Ulm", "Made", "Genis Ulm", "Where", "Who Co.
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_labels_are_what_generation_says(family, monkeypatch, capsys):
+def test_labels_are_what_generation_says(family, monkeypatch, capsys, tmp_path):
     """On a model that knows its facts, by each kind of tokenizer: greedy by the closed form is exact match of what `generate`
     gives, behind exemplars too, and what is known is labelled so."""
     tokenizer = tokenizer_of(family)
@@ -253,7 +254,7 @@ def test_labels_are_what_generation_says(family, monkeypatch, capsys):
             pointless = facts[0] | {"answers": ["Genis Co"]}
             assert make_facts.score_answers(model, tokenizer, prefix, [pointless])[0] == [True]
     monkeypatch.setattr(random.Random, "sample", lambda rng, exemplars, n: facts[:n])
-    labelled = make_facts.label_facts(model, tokenizer, facts, config("--prompts", 2, "--shots", 1))
+    labelled = make_facts.label_facts(model, tokenizer, facts, config("--prompts", 2, "--shots", 1), tmp_path / "scores")
     assert {fact["category"] for fact in labelled} == {"HighlyKnown"} and len(labelled) == 7
     assert capsys.readouterr().err == ""
 
@@ -361,8 +362,8 @@ def test_labels_survive_a_later_failure(tmp_path, world, labelled, monkeypatch):
         patch.setitem(make_facts.MINIMUM, "heldout", 10 ** 6)
         assert "at least 1000000 are needed" in refused(tmp_path, "make_facts", *words)
     assert not (tmp_path / "x/meta.json").exists()
-    assert "labelled with seed =" in refused(tmp_path, "make_facts", *words, "--seed", 1)
-    monkeypatch.setattr(make_facts, "label_facts", None)
+    assert "labelled with {'seed': 0" in refused(tmp_path, "make_facts", *words, "--seed", 1)
+    monkeypatch.setattr(make_facts, "score_answers", None)
     call(tmp_path, "make_facts", *words, "--n-new", 10)
     assert len(rows_of(tmp_path / "x/labelled.jsonl")) == len(labelled)
     assert len(rows_of(tmp_path / "x/train_unknown.jsonl")) == 12          # whole entities, four facts each
@@ -434,7 +435,7 @@ def test_parquet_is_read_as_it_stands(tmp_path, capsys):
 
 BAD = {         # a table that is refused: its content, and what the error names
     "five.csv": ("relation,subject,object,question\njob,Ada,Baker,What?\njob,Ada Vell,Baker,What?,checked\n", "Expected 4 fields in line 3, saw 5"),
-    "three.tsv": ("relation\tsubject\tobject\tquestion\njob\tAda\tBaker\n", "too few fields in line 2"),
+    "three.tsv": ("relation\tsubject\tobject\tquestion\njob\tAda\tBaker\n", "nan is not a string"),
     "quote.tsv": ('relation\tsubject\tobject\tquestion\njob\t"Weird Al" Y\tx\tWho?\n', "expected after"),
     "open.csv": ('relation,subject,object,question\njob,"Ada,x,Who?\n', "unexpected end of data"),
     "number.jsonl": ('{"relation": "r", "subject": "s", "object": 7, "question": "q"}\n', "7 is not a string"),
@@ -530,7 +531,7 @@ def table_of(labelled, path, more=()):
 
 def test_what_counts_as_known_for_min_known(tmp_path, world, labelled, monkeypatch):
     """A relation is known as far as its facts are HighlyKnown, MaybeKnown or WeaklyKnown; 3 of 10 suffice for 0.3."""
-    def label(model, tokenizer, facts, settings):
+    def label(model, tokenizer, facts, settings, path):
         seen = Counter()
         for fact in facts:
             seen[fact["relation"]] += 1
@@ -543,7 +544,8 @@ def test_what_counts_as_known_for_min_known(tmp_path, world, labelled, monkeypat
     table_of([], tmp_path / "facts.tsv", rows)
     words = ["--model", world / "base", "--source", "facts.tsv", "--n-new", 10, "--out", "x"]
     call(tmp_path, "make_facts", *words, "--min-known", 0.3)
-    assert json.loads((tmp_path / "x/meta.json").read_text())["relations_kept"] == ["birthplace", "employer"]
+    relations = {row["relation"] for name in make_facts.SETS.values() for row in rows_of(tmp_path / "x" / name)}
+    assert relations == {"birthplace", "employer"}
 
 
 def test_min_known_and_relations_of_a_folder(tmp_path, world, labelled):
@@ -551,9 +553,9 @@ def test_min_known_and_relations_of_a_folder(tmp_path, world, labelled):
     words = ["--model", world / "base", "--source", "facts.tsv", "--shots", 0, "--n-new", 10, "--new", "semantic"]
     call(tmp_path, "make_facts", *words, "--min-known", 0.3, "--out", "x")
     meta = json.loads((tmp_path / "x/meta.json").read_text())
-    assert meta["labelled"]["home"] == {"HighlyKnown": 0, "Unknown": 30} and meta["relations_kept"] == sorted(make_facts.RELATIONS)
+    assert meta["labelled"]["home"] == {"HighlyKnown": 0, "Unknown": 30}
     assert {r["relation"] for name in make_facts.SETS.values() for r in rows_of(tmp_path / "x" / name)} == set(make_facts.RELATIONS)
-    assert "the best-known relation reaches 0.000" in refused(
+    assert "--min-known 0.3, --shots 0: no relation has enough" in refused(
         tmp_path, "make_facts", *words, "--relations", "home", "--min-known", 0.3, "--out", "z")
     assert len(rows_of(tmp_path / "z/labelled.jsonl")) == 30 and not (tmp_path / "z/meta.json").exists()
     call(tmp_path, "make_facts", *words, "--relations", "birthplace,language", "--out", "y")
@@ -564,7 +566,7 @@ def test_min_known_and_relations_of_a_folder(tmp_path, world, labelled):
 
 def test_labels_and_worlds_are_reused(workplace, world, monkeypatch):
     """A second fact folder takes world and labels from the first; only the new facts differ."""
-    monkeypatch.setattr(make_facts, "label_facts", None)
+    monkeypatch.setattr(make_facts, "score_answers", None)
     monkeypatch.setattr(make_facts, "pretrain", None)
     call(workplace, "make_facts", *SMALL_WORLD, "--new", "uuid", "--reuse", "facts/tiny", "--out", "facts/tiny-uuid")
     for name in ("base/model.safetensors", "labelled.jsonl", "heldout_known.jsonl"):
@@ -573,12 +575,14 @@ def test_labels_and_worlds_are_reused(workplace, world, monkeypatch):
 
 
 def test_reused_labels_must_fit(workplace, world, labelled, monkeypatch):
-    """Labels for another seed, width, model, tokenizer, template, source or way of asking are rejected by name."""
+    """Labels for another seed, width, model, tokenizer, template, source or way of asking are rejected."""
     before = contents(world)
     for words, named in ((["--seed", 1], "seed"), (["--width", 32], "width"), (["--shots", 1], "shots"), (["--n-names", 41], "facts")):
         out = f"x-{named}"
-        assert f"labelled with {named} =" in refused(workplace, "make_facts", *SMALL_WORLD, *words, "--reuse", "facts/tiny", "--out", out)
-        assert not list((workplace / out).iterdir()) and contents(world) == before
+        error = refused(workplace, "make_facts", *SMALL_WORLD, *words, "--reuse", "facts/tiny", "--out", out)
+        values = re.findall(f"'{named}': ([^,}}]+)", error)
+        assert "was labelled with" in error and len(set(values)) == 2
+        assert not (workplace / out / "meta.json").exists() and contents(world) == before
     assert "not a fact folder" in refused(workplace, "make_facts", *SMALL_WORLD, "--reuse", "facts", "--out", "x")
     for name, labels in (("old", "{}"), ("list", "[]"), ("cut", '{"seed": ')):
         shutil.copytree(world, workplace / name)
@@ -595,7 +599,7 @@ def test_reused_labels_must_fit(workplace, world, labelled, monkeypatch):
     assert "facts" in refused(workplace, "make_facts", *words, "--max-facts", 100)
     with monkeypatch.context() as patch:
         patch.setattr(make_facts, "PROMPT", "Question: {question}\nA:")
-        assert "labelled with facts =" in refused(workplace, "make_facts", *words)
+        assert "was labelled with" in refused(workplace, "make_facts", *words)
     table_of(labelled[1:], workplace / "facts.tsv")
     assert "facts" in refused(workplace, "make_facts", *words)
     table_of(labelled, workplace / "facts.tsv")
@@ -607,4 +611,4 @@ def test_reused_labels_must_fit(workplace, world, labelled, monkeypatch):
     model.transformer.wpe.weight.data[0] += 1
     for part in (model, transformers.AutoTokenizer.from_pretrained(world / "base")):
         part.save_pretrained(workplace / "model")
-    assert "labelled with weights =" in refused(workplace, "make_facts", *words)
+    assert "was labelled with" in refused(workplace, "make_facts", *words)

@@ -47,7 +47,7 @@ def test_finch_by_hand(base, batch):
     for peak in (1.0, 1e-5):
         config = sft_baseline.Config(learning_rate=peak)
         for step, scale in enumerate((1.0, 0.5)):
-            hidden = scale * sft_baseline.last_hidden_state(model, rows)
+            hidden = scale * sft_baseline.last_hidden_state(model, rows, "float32")
             loss, _ = sft_baseline.cross_entropy(model, hidden, rows, counts_of([rows]))
             mean = loss.item() if step == 0 else 0.9 * mean + 0.1 * loss.item()
             expected = min(peak, 1e-3 / math.sqrt(mean))
@@ -67,11 +67,11 @@ def test_until_skips_learned_tokens(base, batch):
     """Limit 1 gives the plain loss; a lower limit the sum over the tokens below it only."""
     model, (rows, _, _) = base[0], batch
     counts = counts_of([rows])
-    hidden = sft_selfdistill.last_hidden_state(model, rows)
+    hidden = sft_selfdistill.last_hidden_state(model, rows, "float32")
     plain, _ = sft_selfdistill.cross_entropy(model, hidden, rows, counts)
-    mask = rows["loss_mask"][:, 1:]
-    targets = rows["input_ids"][:, 1:][mask]
-    p = torch.softmax(model.get_output_embeddings()(hidden[mask]), -1)[range(len(targets)), targets]
+    completion = rows["completion"]
+    targets = rows["input_ids"][:, 1:].flatten()[completion]
+    p = torch.softmax(model.get_output_embeddings()(hidden[completion]), -1)[range(len(targets)), targets]
     for limit, expected in ((1.0, plain), (0.5, -p[p < 0.5].log().sum() / len(p))):
         frontier.until(limit)
         loss, terms = sft_selfdistill.cross_entropy(model, hidden, rows, counts)
@@ -102,10 +102,11 @@ class RaisedLogits(torch.nn.Module):
 def test_others_exclude_the_target_from_the_kl(base, batch, amount, places, target, changes):
     """The KL stays 0 if the model only raises the targets of new facts."""
     model, (rows, head, config) = base[0], batch
-    mask = rows["attention_mask"][:, 1:].bool()
-    in_places = torch.isin(torch.arange(4), torch.tensor(places))[:, None]
-    chosen = (rows["loss_mask"][:, 1:] & in_places)[mask]
-    targets = rows["input_ids"][:, 1:][mask]
+    predicted = rows["predicted"]
+    row = predicted // (rows["input_ids"].shape[1] - 1)
+    in_places = torch.isin(row, torch.tensor(places))
+    chosen = torch.isin(predicted, rows["completion"]) & in_places
+    targets = rows["input_ids"][:, 1:].flatten()[predicted]
     own = model.get_output_embeddings()
     tokens = targets if target else (targets + 1) % len(own.weight)
     raised = copy.copy(model)
@@ -123,7 +124,7 @@ def test_rising_by_hand(base, batch, first_epoch):
     counts = counts_of([rows])
     with torch.no_grad():
         next(model.parameters()).mul_(1.2)
-    hidden = sft_selfdistill.last_hidden_state(model, rows)
+    hidden = sft_selfdistill.last_hidden_state(model, rows, "float32")
     ce, _ = sft_selfdistill.cross_entropy(model, hidden, rows, counts)
     frontier.rising("10")
     config.learning_rate = 1.0
@@ -184,7 +185,7 @@ def test_anchors_enter_only_the_kl(base, world, tmp_path):
         rows = sft_selfdistill.collate(part, "cpu")
         counts = counts_of([rows])
         _, terms = sft_selfdistill.self_distillation(model, head, rows, counts, config)
-        n.append(counts["attention_mask"])
+        n.append(counts["predicted"])
         ce.append(terms["ce"].item())
         kl.append(terms["kl"].item())
     assert ce[1] == 0 and ce[0] == pytest.approx(ce[2], rel=1e-5)

@@ -53,7 +53,7 @@ def distillation_loss(student, teacher, examples, config):
 
 def split_ids(example):
     """Return the token ids of an example, and the number of those in the prompt."""
-    return example["input_ids"], int((~example["loss_mask"]).sum())
+    return example["input_ids"], int((~example["completion"]).sum())
 
 
 def gradient_of(model):
@@ -101,8 +101,7 @@ def test_kl_is_zero_if_teacher_and_student_are_equal(base, examples, dtype):
     config = config_of(dtype=dtype)
     loss_function = distillation_loss(base[0], base[0], examples, config)
     batch = sft_selfdistill.collate(examples, "cpu")
-    with sft_selfdistill.autocast(config):
-        _, terms = loss_function(batch, counts_of([batch]))
+    _, terms = loss_function(batch, counts_of([batch]))
     assert abs(terms["kl"]) < 1e-6 and terms["ce"] > 0
 
 
@@ -120,9 +119,8 @@ def test_kl_is_finite_if_the_teacher_is_certain(student_teacher, examples):
 def test_chunks_do_not_change_the_kl(monkeypatch, student_teacher, examples):
     """In fp64, chunks of seven positions give the loss and the gradient of a single chunk."""
     student, teacher = (copy.deepcopy(model).double() for model in student_teacher)
-    monkeypatch.setattr(torch, "float32", torch.float64)        # the dtype of cache_teacher
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     loss_function = distillation_loss(student, teacher, examples, config_of())
-    monkeypatch.undo()
     kl_sum = sft_selfdistill.kl_sum
     sizes = []
 
@@ -141,7 +139,7 @@ def test_chunks_do_not_change_the_kl(monkeypatch, student_teacher, examples):
         gradients.append(gradient_of(student))
     assert losses[0] == pytest.approx(losses[1], rel=1e-7)
     assert torch.allclose(*gradients, rtol=1e-5, atol=1e-9)
-    n = counts_of([batch])["attention_mask"]
+    n = counts_of([batch])["predicted"]
     # The logits of small chunks are computed twice.
     assert sizes.pop() == n and max(sizes) == 7 and sum(sizes) == 2 * n
 
@@ -170,8 +168,8 @@ def batch_of(*spans):
     examples = []
     for first, end, prompt in spans:
         ids = torch.arange(first, end)
-        examples.append({"input_ids": ids, "attention_mask": torch.ones_like(ids),
-                         "loss_mask": torch.arange(len(ids)) >= prompt})
+        examples.append({"input_ids": ids, "predicted": torch.ones_like(ids),
+                         "completion": torch.arange(len(ids)) >= prompt})
     return sft_baseline.collate(examples, "cpu")
 
 
@@ -180,8 +178,12 @@ def test_gradient_equals_that_of_the_models_own_logits(kind):
     model = random_model(kind)
     sft_baseline.check_head(model, batch_of((3, 12, 5)), kind)
     batch = batch_of((3, 12, 5), (40, 47, 2), (20, 29, 8))
-    ids, mask = batch["input_ids"], batch["loss_mask"][:, 1:]
-    logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits[:, :-1]
+    # The reference gets an attention mask, and masks made from the lengths.
+    ids = batch["input_ids"]
+    position = torch.arange(ids.shape[1])
+    lengths, prompts = torch.tensor([9, 7, 9])[:, None], torch.tensor([5, 2, 8])[:, None]
+    mask = ((position >= prompts) & (position < lengths))[:, 1:]
+    logits = model(input_ids=ids, attention_mask=(position < lengths).long()).logits[:, :-1]
     gradients = []
     for loss in (ce_loss(sft_baseline, model)(batch, counts_of([batch]))[0],
                  F.cross_entropy(logits[mask].float(), ids[:, 1:][mask])):
@@ -269,7 +271,7 @@ def test_teacher_does_not_change(base, examples):
         assert not torch.allclose(student(ids).logits[0, :-1], expected, rtol=1e-2)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_precision_learns(base, examples, dtype):
     model = copy.deepcopy(base[0])
     loss_function = ce_loss(sft_baseline, model)
@@ -298,14 +300,15 @@ def test_logged_loss_is_the_mean_over_steps(base, examples, capsys):
 
 def test_collate_masks_by_length():
     """A last token 0, which is EOS here, is learned. Padding, which is 0 too, is not."""
-    a = {"input_ids": torch.tensor([5, 6, 7, 0]), "attention_mask": torch.ones(4),
-         "loss_mask": torch.tensor([0, 0, 1, 1])}
-    b = {"input_ids": torch.tensor([8, 0]), "attention_mask": torch.ones(2),
-         "loss_mask": torch.tensor([0, 1])}
+    a = {"input_ids": torch.tensor([5, 6, 7, 0]), "predicted": torch.ones(4),
+         "completion": torch.tensor([0, 0, 1, 1])}
+    b = {"input_ids": torch.tensor([8, 0]), "predicted": torch.ones(2),
+         "completion": torch.tensor([0, 1])}
     batch = sft_baseline.collate([a, b], "cpu")
     assert batch["input_ids"].tolist() == [[5, 6, 7, 0], [8, 0, 0, 0]]
-    assert batch["loss_mask"].tolist() == [[0, 0, 1, 1], [0, 1, 0, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    # Indices into [[5 → 6, 6 → 7, 7 → 0], [8 → 0, padding, padding]].
+    assert batch["predicted"].tolist() == [0, 1, 2, 3]
+    assert batch["completion"].tolist() == [1, 2, 3]
     assert batch["examples"] == [a, b]
 
 
@@ -440,10 +443,14 @@ def functions_of(name):
 
 
 def test_shared_functions_are_identical():
-    """The method scripts differ only in parse_args, in train and in their own functions."""
+    """The method scripts differ only in parse_args, in train and in their own functions.
+
+    sft_freeze.py changes the optimizer, too.
+    """
     baseline, distilled, freeze = [functions_of(name) for name in METHODS]
     for name in baseline.keys() - {"parse_args", "train"}:
-        assert baseline[name] == distilled[name] == freeze[name], name
+        assert baseline[name] == distilled[name], name
+        assert baseline[name] == freeze[name] or name == "make_optimizer", name
     own = distilled.keys() - baseline.keys()
     assert own == {"self_distillation", "kl_sum", "cache_teacher"}
     assert functions_of("eval_hallucination")["tokenize"] == baseline["tokenize"]

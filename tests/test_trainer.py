@@ -67,7 +67,7 @@ def test_losses_equal_those_of_the_script(base, examples, tmp_path):
         return script.get_lr(min(step, len(expected) - 1), len(expected), config)
 
     model = without_dropout(copy.deepcopy(base[0]))
-    optimizer = script.make_optimizer(model, config)
+    optimizer = script.make_optimizer(model, config, 2)
     for group in optimizer.param_groups:
         group["lr"] = 1.0
     args = arguments(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2,

@@ -23,6 +23,7 @@ warnings.filterwarnings("ignore")
 
 import torch
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -141,17 +142,18 @@ def check_in_script(folder, facts):
     script.save_checkpoint(saved, model, tokenizer)
     batch = script.collate(examples[:4], "cpu")
     with torch.no_grad():
-        loaded = script.last_hidden_state(script.load_model(saved, "cpu")[0], batch)
-        assert torch.equal(script.last_hidden_state(model, batch), loaded), (
+        loaded = script.last_hidden_state(script.load_model(saved, "cpu")[0], batch, "float32")
+        assert torch.equal(script.last_hidden_state(model, batch, "float32"), loaded), (
             "saved and loaded, its outputs differ")
 
 
 def collate(examples):
     """Collate examples of the script for a Trainer's models."""
-    batch = script.collate(examples, "cpu")
-    labels = batch["input_ids"].masked_fill(~batch["loss_mask"], -100)
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"],
-            "labels": labels}
+    ids, mask, completion = [
+        pad_sequence([example[key] for example in examples], batch_first=True)
+        for key in ("input_ids", "predicted", "completion")]
+    return {"input_ids": ids, "attention_mask": mask,
+            "labels": ids.masked_fill(~completion, -100)}
 
 
 def check_in_trainer(model, tokenizer, facts, out):

@@ -79,8 +79,8 @@ def make_examples(args, model, tokenizer, n):
     examples = []
     for _ in range(n):
         ids = torch.tensor(rng.choices(range(model.config.vocab_size), k=40))
-        examples.append({"input_ids": ids, "attention_mask": torch.ones_like(ids),
-                         "loss_mask": torch.arange(40) >= 30})
+        examples.append({"input_ids": ids, "predicted": torch.ones_like(ids),
+                         "completion": torch.arange(40) >= 30})
     return examples
 
 

@@ -165,13 +165,12 @@ def until(limit):
     limit = float(limit)
 
     def cross_entropy(model, hidden, batch, counts):
-        mask = batch["loss_mask"][:, 1:]
-        targets = batch["input_ids"][:, 1:][mask]
-        logits = model.get_output_embeddings()(hidden[mask])
-        ce = F.cross_entropy(logits.float(), targets, reduction="none")                 # (N,)
+        targets = batch["input_ids"][:, 1:].flatten()[batch["completion"]]
+        logits = model.get_output_embeddings()(hidden[batch["completion"]])
+        ce = F.cross_entropy(logits, targets, reduction="none")                         # (N,)
         unlearned = (-ce.detach()).exp() < limit
-        terms = {"ce": ce.sum() / counts["loss_mask"]}
-        return (ce * unlearned).sum() / counts["loss_mask"], terms
+        terms = {"ce": ce.sum() / counts["completion"]}
+        return (ce * unlearned).sum() / counts["completion"], terms
 
     sft_selfdistill.cross_entropy = cross_entropy
     return sft_selfdistill
@@ -184,13 +183,14 @@ def others(category):
     about the target (the non-target part of arXiv:2203.08679). The KL is not split into chunks.
     """
     def self_distillation(model, teacher_head, batch, counts, config):
-        hidden = sft_selfdistill.last_hidden_state(model, batch)
+        hidden = sft_selfdistill.last_hidden_state(model, batch, config.dtype)
         ce, terms = sft_selfdistill.cross_entropy(model, hidden, batch, counts)
         chosen = [example["row"].get("category") == category for example in batch["examples"]]
-        chosen = torch.tensor(chosen, device=model.device)[:, None]
-        mask = batch["attention_mask"][:, 1:].bool()
-        excluded = (batch["loss_mask"][:, 1:] & chosen)[mask]                           # (M,)
-        targets = batch["input_ids"][:, 1:][mask]                                       # (M,)
+        chosen = torch.tensor(chosen, device=model.device)                              # (B,)
+        predicted = batch["predicted"]                                                  # (M,)
+        row = predicted // (batch["input_ids"].shape[1] - 1)
+        excluded = torch.isin(predicted, batch["completion"]) & chosen[row]
+        targets = batch["input_ids"][:, 1:].flatten()[predicted]                        # (M,)
         states = [example["teacher"] for example in batch["examples"]]
         teacher = torch.cat(states).to(model.device)                                    # (M, d)
 
@@ -203,8 +203,8 @@ def others(category):
             return logits
 
         kl = sft_selfdistill.kl_sum(
-            hidden[mask], teacher, without_target(model.get_output_embeddings()),
-            without_target(teacher_head), config.temperature) / counts["attention_mask"]
+            hidden[predicted], teacher, without_target(model.get_output_embeddings()),
+            without_target(teacher_head), config.temperature) / counts["predicted"]
         loss = ce + config.kl_weight * config.temperature ** 2 * kl
         return loss, terms | {"kl": kl}
 
@@ -235,13 +235,13 @@ def anchors(path):
             ids = sum(sft_selfdistill.tokenize(tokenizer, prompt, f" {answer}\n"), [])
             ids = torch.tensor(ids)
             examples.append({"row": {"prompt": prompt}, "input_ids": ids,
-                             "attention_mask": torch.ones_like(ids),
-                             "loss_mask": torch.zeros(len(ids), dtype=torch.bool)})
+                             "predicted": torch.ones_like(ids),
+                             "completion": torch.zeros(len(ids), dtype=torch.bool)})
         return cache_teacher(model, examples, config)
 
     def cross_entropy_of_rows(model, hidden, batch, counts):
         # A step may consist of anchors only.
-        counts = counts | {"loss_mask": max(1, counts["loss_mask"])}
+        counts = counts | {"completion": max(1, counts["completion"])}
         return cross_entropy(model, hidden, batch, counts)
 
     sft_selfdistill.load_model = load

@@ -21,7 +21,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import eval_hallucination
-from eval_hallucination import SETS, accepted_answers, fail, file_hash, normalize, note, read_jsonl
+from eval_hallucination import SETS, fail, file_hash, normalize, note, read_jsonl, to_strings
 
 # The origin of a wrong answer is the first of these that applies.
 ORIGINS = ["a new fact that shares a word", "another new fact", "another fact", "no fact"]
@@ -41,6 +41,11 @@ AXES = {
     "drift-groups": ("words shared", "drift", "words shared with new names", "drift, %"),
     "drift-epochs": ("epoch", "drift", "epoch of stage 2", "drift at half depth, %")}
 NEED_DATA = ["overlap", "overlap-answers", "origin", "drift-groups"]
+
+
+def answers_of(row):
+    """Return the correct answers of a row (list of str)."""
+    return to_strings(row.get("answers")) or to_strings(row.get("completion"))
 
 
 # ------------------------------------------------------------------------ origin of wrong answers
@@ -84,7 +89,7 @@ def add_origins(run):
     for key, rows in read_data(run).items():
         for row in rows:
             relation = row.get("relation")
-            answers = [normalize(text) for text in accepted_answers(row)]
+            answers = [normalize(text) for text in answers_of(row)]
             first[relation].update(answers[:1])
             for answer in answers:
                 stated.add((relation, answer))
@@ -110,7 +115,7 @@ def add_origins(run):
         if fact["right_before"] and not fact["right_after"]:
             fact["origin"] = origin(relation, words, normalize(fact["after"]))
             others = first[relation].copy()
-            for answer in accepted_answers(fact):
+            for answer in answers_of(fact):
                 others.pop(normalize(answer), None)
             fact["chance"] = Counter()
             for answer, n in others.items():
@@ -231,7 +236,7 @@ def measure(run, of, device="auto"):
         if of == "overlap-answers":
             fact["hit"] = fact["origin"] == ORIGINS[0] if fact["origin"] else None
         name = f" {normalize(fact.get('subject') or '')} "
-        inside = [f" {normalize(answer)} " in name for answer in accepted_answers(fact)]
+        inside = [f" {normalize(answer)} " in name for answer in answers_of(fact)]
         fact["answer in the name"] = "yes" if any(inside) else "no"
     if AXES[of][1] == "drift":
         return drift_rows(run, of, device)
