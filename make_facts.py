@@ -791,7 +791,7 @@ def find_files(config):
         with FileLock(folder / ".lock"):        # wait for a script that is creating it
             if not meta.exists():
                 main(["--model", config.model, "--out", config.facts, "--device", config.device])
-    return {key: getattr(config, key, None) or str(folder / file) for key, file in SETS.items()}
+    return {key: getattr(config, key, None) or folder / file for key, file in SETS.items()}
 
 
 def main(argv=None):

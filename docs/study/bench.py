@@ -84,19 +84,21 @@ def make_examples(args, model, tokenizer, n):
     return examples
 
 
-def plain_loss(model, batch, counts):
+def plain_loss(model, dtype, batch, counts):
     """Compute the loss of sft_baseline.py."""
-    hidden = sft_baseline.last_hidden_state(model, batch)
+    hidden = sft_baseline.last_hidden_state(model, batch, dtype)
     return sft_baseline.cross_entropy(model, hidden, batch, counts)
 
 
-def loss_everywhere(model, batch, counts):
+def loss_everywhere(model, dtype, batch, counts):
     """Compute the same loss from logits at all positions, as most trainers do."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                   use_cache=False).logits[:, :-1]
-    mask = batch["loss_mask"][:, 1:]
-    targets = batch["input_ids"][:, 1:][mask]
-    ce = F.cross_entropy(logits[mask].float(), targets, reduction="sum") / counts["loss_mask"]
+    hidden = sft_baseline.last_hidden_state(model, batch, dtype)
+    targets = batch["input_ids"][:, 1:].flatten()
+    is_target = torch.zeros_like(targets, dtype=torch.bool)
+    is_target[batch["completion"]] = True
+    targets = targets.masked_fill(~is_target, -100)
+    logits = model.get_output_embeddings()(hidden)                              # (B · (T-1), V)
+    ce = F.cross_entropy(logits, targets, reduction="sum") / counts["completion"]
     return ce, {"ce": ce}
 
 
@@ -122,7 +124,8 @@ def time_script(case, args):
         def loss(batch, counts):
             return module.self_distillation(model, head, batch, counts, config)
     else:
-        loss = functools.partial(loss_everywhere if case == EVERYWHERE else plain_loss, model)
+        function = loss_everywhere if case == EVERYWHERE else plain_loss
+        loss = functools.partial(function, model, args.dtype)
     stamps = []         # from one loss to the next is a step
 
     def timed_loss(batch, counts):
