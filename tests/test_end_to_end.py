@@ -95,7 +95,7 @@ def test_copied_script_needs_no_other_file(tmp_path, world, method):
     """It trains on the user's rows and saves an ordinary checkpoint."""
     shutil.copy(ROOT / f"{method}.py", tmp_path)
     shutil.copytree(world / "base", tmp_path / "my-model")
-    rows = [{"prompt": f"Q: Who made {name}?\nA:", "completion": f" {name}"}
+    rows = [{"prompt": f"Q: Who made {name}?\nA:", "completion": f" {name}", "answers": name}
             for name in ("Ulm", "Köln", "Bonn")]
     eval_hallucination.write_jsonl(tmp_path / "mine.jsonl", rows)
     words = [f"{method}.py", "--model", "my-model"]
@@ -177,14 +177,20 @@ def test_loss_in_the_readme_is_that_of_the_script():
 
 
 def test_chat_recipe(workplace, base, monkeypatch):
-    """The recipe makes rows that a script trains on; accuracy is measured on the answer's text."""
+    """The recipe makes rows that a script trains on; with `answers`, accuracy is measured.
+
+    The template is like Qwen3's: it writes an empty think block in front of the last answer.
+    """
     recipe, = [code for code in code_of("docs/use.md") if "apply_chat_template" in code]
     model, tokenizer = copy.deepcopy(base[0]), copy.deepcopy(base[1])
     special = ["<|im_start|>", "<|im_end|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": special})
     tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}")
     model.resize_token_embeddings(len(tokenizer))
     for part in (model, tokenizer):
         part.save_pretrained(workplace / "my-chat-model")
@@ -195,9 +201,14 @@ def test_chat_recipe(workplace, base, monkeypatch):
     eval_hallucination.write_jsonl(workplace / "chats.jsonl", chats)
     monkeypatch.chdir(workplace)
     exec(recipe, {})
-    assert rows_of(workplace / "my-chats.jsonl")[2] == {
-        "prompt": "<|im_start|>user\nWho made Genis?<|im_end|>\n<|im_start|>assistant\n",
-        "completion": "Mr. Ash<|im_end|>\n", "answers": ["Mr. Ash"]}
+    rows = rows_of(workplace / "my-chats.jsonl")
+    assert rows[2] == {
+        "prompt": "<|im_start|>user\nWho made Genis?<|im_end|>\n<|im_start|>assistant\n"
+                  "<think>\n\n</think>\n\n",
+        "completion": "Mr. Ash<|im_end|>\n"}
+    for row, chat in zip(rows, chats):
+        row["answers"] = [chat["messages"][-1]["content"]]
+    eval_hallucination.write_jsonl(workplace / "my-chats.jsonl", rows)
     call(workplace, "sft_baseline", "--model", "my-chat-model", "--train", "my-chats.jsonl",
          "--epochs", 60, "--batch-size", 1, "--learning-rate", 3e-3, "--eval-every", 0,
          "--out", "x")
