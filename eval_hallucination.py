@@ -159,7 +159,7 @@ def accepted_answers(row, tokenizer):
 
 # ------------------------------------------------------------------------------- generation
 
-@functools.lru_cache(maxsize=4)
+@functools.cache
 def newline_ids(tokenizer):
     """Map each token id whose text contains a newline to its text before the newline.
 
@@ -383,11 +383,12 @@ def check_model(model, missing):
     import torch
     if missing:
         raise ValueError(f"weights are missing: {min(missing)}")
+    for name, weights in model.named_parameters():
+        if not weights.isfinite().all():
+            raise ValueError(f"weights are not finite: {name}")
     with torch.no_grad():
         ids = torch.tensor([[1, 2], [1, 3]], device=model.device)
         one, other = model(input_ids=ids, use_cache=False).logits[:, 0]
-    if not one.isfinite().all():
-        raise ValueError("its weights are not finite: the logits are NaN or infinite")
     if not logits_close(one, other):
         raise ValueError("not causal: a later token changes an earlier prediction")
 
@@ -762,7 +763,7 @@ def print_accuracies(model, tokenizer, sets, batch_size, **more):
         result = evaluate(model, tokenizer, rows, batch_size)
         line = {"set": key, "accuracy": result["accuracy"], "n": len(rows),
                 "interval": wilson(sum(result["right"]), len(rows))}
-        print(json.dumps(more | line), flush=True)
+        print(json.dumps(more | line))
 
 
 def parse_args(argv=None):

@@ -187,7 +187,7 @@ def read_examples(path, tokenizer, context_length):
                 continue
             row = json.loads(line)
             prompt, completion = tokenize(tokenizer, row["prompt"], row["completion"])
-            if not prompt or not row["completion"].strip():
+            if not prompt or not completion or not row["completion"].strip():
                 raise ValueError("empty prompt or completion")
             # The model must learn to stop: append EOS unless the completion ends with it or with
             # a newline.
