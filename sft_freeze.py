@@ -2,19 +2,21 @@
 
 Fine-tune a language model on facts it does not know, and it starts to get facts wrong that it
 used to know (Kaplan et al. 2026, arXiv:2604.15574). In the paper, training attention alone learns
-few new facts and forgets little. In our runs it learns them and forgets the most; MLPs alone forget
-less than all parameters (docs/study/results.md). --l2 W trains all parameters instead, and pulls
-them towards their values before stage 2 in each step:
+few new facts and forgets little. In our runs it learns nearly all and forgets the most, and
+training MLPs alone forgets less than training everything (docs/study/results.md). With --l2 W, all
+parameters are trained by default, and each step of stage 2 pulls them towards their values at its
+start:
 
     L = CE                              averaged over the completion tokens of the step
     θ ← θ − lr · W · (θ − θ_before)     with --l2 W, before each step of Adam
 
-Known facts are those that the model already gets right. New facts are those it does not.
+Known facts are those that the model already gets right. New facts are those that it does not know.
+Rows of --train count as new. Without --known there are then no known facts, and no stage 1.
 Stage 1 (--format-epochs) trains on known facts only and teaches the model the answer format. The
 result, the stage-1 model, is saved in OUT/before, and forgetting is measured against it. Stage 2
 (--epochs) trains on known and new facts together, with a fresh optimizer.
-This script differs from sft_baseline.py in the parameters that both stages train, and in the
-optimizer of stage 2: run diff on the two files.
+This script differs from sft_baseline.py in which parameters are trained, in both stages, and in the
+optimizer step of stage 2 with --l2: run diff on the two files.
 
     python sft_freeze.py                                 laptop; creates a synthetic world first
     python sft_freeze.py --model gpt2-medium             GPU; finds known and new facts first
@@ -26,7 +28,8 @@ accuracies: on the new facts, on the known facts that are trained on, and on hel
     epoch 12 | ce 0.031 | new 0.985 | known 1.000 | kept 0.464 | 1.4 s/step
 
 If all goes well, the last line is: saved runs/freeze-tiny-0
-Measuring accuracy needs eval_hallucination.py in this folder. Without it, the script still trains.
+Fact folders and accuracies need make_facts.py and eval_hallucination.py in this folder. Without
+them, the script still trains on your own rows.
 """
 import importlib
 import json
@@ -93,15 +96,15 @@ class Config:
     max_grad_norm: float = option(1.0, "gradient clipping threshold")
     seed: int = option(0, "data-order seed (make_facts.py has its own)")
     # method
-    trainable: str = option(None, "all, or a list of norms, attention, mlp, embeddings, head, "
-                                  "other; default: attention, the paper's choice, which forgot "
-                                  "most in our runs; all with --l2")
+    trainable: str = option(None, "all, or some of norms,attention,mlp,embeddings,head,other; "
+                                  "default: all with --l2, otherwise attention (the paper's "
+                                  "choice; it forgot most in our runs)")
     layers: str = option(None, "A-B: train only blocks A to B, counted from 0")
     l2: float = option(None, "W: strength of the pull towards the weights before stage 2")
     # hardware
     device: str = option("auto", "cuda, mps or cpu; auto: the first one available")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "matmul precision; auto: bfloat16 on a GPU that supports it, except for tiny")
+        "auto", "precision below the LM head; auto: bfloat16 on CUDA if supported, not for tiny")
 
 
 def fail(message):
@@ -116,7 +119,7 @@ def parse_args(argv=None):
     parser.error = fail
     config = Config(**vars(parser.parse_args(argv)))
     if config.train and config.model == "tiny" and not config.facts:
-        fail("--train needs --model: the model to train on your rows")
+        fail("--train needs a model to start from: pass --model (hub name or folder)")
     # Fill in the defaults that depend on the model or the seed.
     model_name = Path(config.model).name
     defaults = {"facts": f"facts/{model_name}", "out": f"runs/{METHOD}-{model_name}-{config.seed}"}
@@ -221,7 +224,7 @@ def read_examples(path, tokenizer, context_length):
                              "completion": torch.arange(len(ids)) >= len(prompt)})
     except Exception as error:          # the type depends on what is wrong with the row
         fail(f"{path}:{number}: {error!r} in {line[:60].decode(errors='replace')!r}; each line "
-             "must be an object with a prompt and a completion (for chats see docs/use.md)")
+             "must be a JSON object with a prompt and a completion (for chats see docs/use.md)")
     return examples
 
 
@@ -321,7 +324,7 @@ def cross_entropy(model, hidden, batch, counts):
     """Compute this batch's contribution to the step's mean cross-entropy: (loss, {"ce"}).
 
     hidden: from `last_hidden_state`
-    counts: number of predicted tokens of either kind, summed over all batches of the step
+    counts: {"completion", "predicted"}: how many tokens of each kind all batches of the step have
     Dividing by the step's count gives every token the same weight. Averaging per-batch means
     would overweight tokens in batches that have few completion tokens.
     """
@@ -334,9 +337,10 @@ def cross_entropy(model, hidden, batch, counts):
 def pull_to_before(optimizer, model, config):
     """Make each step of the optimizer start with θ ← θ − lr · W · (θ − θ_before).
 
-    θ_before are the model's present weights; a copy takes 4 bytes per parameter. This is decoupled
-    weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101) towards θ_before instead of 0. As
-    a term of the loss, L2 would pass through Adam, which divides it by the gradient's scale.
+    θ_before is a copy of the model's current weights, 4 bytes per parameter. This is a second
+    decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101), towards θ_before; AdamW's
+    own, towards 0, stays on. As a term of the loss, L2 would pass through Adam, which divides it by
+    the gradient's scale.
     """
     before = [weights.detach().clone() for weights in model.parameters()]
 
@@ -397,10 +401,10 @@ def freeze(model, config):
         wanted = roles
     trained = set()
     for role in wanted:
-        # A role that matches no parameter would silently freeze everything.
+        # Reject a misspelt role, and one without parameters in --layers: it would train nothing.
         if role not in roles:
-            fail(f"--trainable {role}: no such parameters; --layers {config.layers or '(all)'} has "
-                 f"{', '.join(roles)}")
+            fail(f"--trainable {role}: no parameters have this role in --layers {config.layers}; "
+                 f"choose all or some of {','.join(roles)}")
         trained.update(split[role])
     # Frozen parameters store no gradients, and the backward pass is shorter.
     for name, parameter in model.named_parameters():
@@ -520,7 +524,7 @@ def write_jsonl(path, rows):
 
 
 def save_state(path, state):
-    """Save what --resume needs: 12 bytes per parameter (weights and Adam's moments) in stage 2."""
+    """Save what --resume needs: up to 12 bytes per parameter, for weights and Adam's moments."""
     temporary = path.with_name(f"{path.name}.tmp")
     torch.save(state, temporary)
     temporary.replace(path)
@@ -570,8 +574,8 @@ def train(config):
     run = {"method": METHOD, "config": asdict(config)}
     evaluator = import_sibling("eval_hallucination")
     if evaluator is not None:
-        # Fail if held-out facts are also trained on, or if --resume is used with different data or
-        # settings. (Batch size and accumulation steps may change if their product does not.)
+        # Fail on inputs that would invalidate the measurement, such as held-out facts that are also
+        # trained on, and if --resume is used with other data or settings.
         run |= evaluator.check_run(model, tokenizer, start, files, sets, run)
     check_head(model, collate(mixture[:1], model.device), start)
     out = open_run_folder(run, config)

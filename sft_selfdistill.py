@@ -10,7 +10,8 @@ keeps the model's predictions close to those of a frozen earlier copy, the teach
     KL     divergence at temperature τ over the full vocabulary, averaged over all predicted
            tokens, in prompts and completions; λ is --kl-weight, τ is --temperature
 
-Known facts are those that the model already gets right. New facts are those it does not.
+Known facts are those that the model already gets right. New facts are those that it does not know.
+Rows of --train count as new. Without --known there are then no known facts, and no stage 1.
 Stage 1 (--format-epochs) trains on known facts only and teaches the model the answer format. The
 result, the stage-1 model, is saved in OUT/before, and forgetting is measured against it. It is
 also the teacher. Stage 2 (--epochs) trains on known and new facts together, with a fresh optimizer.
@@ -27,7 +28,8 @@ kl is the KL itself, without the factor λ · τ².
     epoch 12 | ce 0.031 | kl 0.0021 | new 0.985 | known 1.000 | kept 0.992 | 1.4 s/step
 
 If all goes well, the last line is: saved runs/selfdistill-tiny-0
-Measuring accuracy needs eval_hallucination.py in this folder. Without it, the script still trains.
+Fact folders and accuracies need make_facts.py and eval_hallucination.py in this folder. Without
+them, the script still trains on your own rows.
 """
 import copy
 import importlib
@@ -95,7 +97,7 @@ class Config:
     # hardware
     device: str = option("auto", "cuda, mps or cpu; auto: the first one available")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "matmul precision; auto: bfloat16 on a GPU that supports it, except for tiny")
+        "auto", "precision below the LM head; auto: bfloat16 on CUDA if supported, not for tiny")
 
 
 def fail(message):
@@ -110,7 +112,7 @@ def parse_args(argv=None):
     parser.error = fail
     config = Config(**vars(parser.parse_args(argv)))
     if config.train and config.model == "tiny" and not config.facts:
-        fail("--train needs --model: the model to train on your rows")
+        fail("--train needs a model to start from: pass --model (hub name or folder)")
     # Fill in the defaults that depend on the model or the seed.
     model_name = Path(config.model).name
     defaults = {"facts": f"facts/{model_name}", "out": f"runs/{METHOD}-{model_name}-{config.seed}"}
@@ -214,7 +216,7 @@ def read_examples(path, tokenizer, context_length):
                              "completion": torch.arange(len(ids)) >= len(prompt)})
     except Exception as error:          # the type depends on what is wrong with the row
         fail(f"{path}:{number}: {error!r} in {line[:60].decode(errors='replace')!r}; each line "
-             "must be an object with a prompt and a completion (for chats see docs/use.md)")
+             "must be a JSON object with a prompt and a completion (for chats see docs/use.md)")
     return examples
 
 
@@ -314,7 +316,7 @@ def cross_entropy(model, hidden, batch, counts):
     """Compute this batch's contribution to the step's mean cross-entropy: (loss, {"ce"}).
 
     hidden: from `last_hidden_state`
-    counts: number of predicted tokens of either kind, summed over all batches of the step
+    counts: {"completion", "predicted"}: how many tokens of each kind all batches of the step have
     Dividing by the step's count gives every token the same weight. Averaging per-batch means
     would overweight tokens in batches that have few completion tokens.
     """
@@ -490,7 +492,7 @@ def write_jsonl(path, rows):
 
 
 def save_state(path, state):
-    """Save what --resume needs: 12 bytes per parameter (weights and Adam's moments) in stage 2."""
+    """Save what --resume needs: up to 12 bytes per parameter, for weights and Adam's moments."""
     temporary = path.with_name(f"{path.name}.tmp")
     torch.save(state, temporary)
     temporary.replace(path)
@@ -539,8 +541,8 @@ def train(config):
     run = {"method": METHOD, "config": asdict(config)}
     evaluator = import_sibling("eval_hallucination")
     if evaluator is not None:
-        # Fail if held-out facts are also trained on, or if --resume is used with different data or
-        # settings. (Batch size and accumulation steps may change if their product does not.)
+        # Fail on inputs that would invalidate the measurement, such as held-out facts that are also
+        # trained on, and if --resume is used with other data or settings.
         run |= evaluator.check_run(model, tokenizer, start, files, sets, run)
     check_head(model, collate(mixture[:1], model.device), start)
     out = open_run_folder(run, config)
