@@ -69,7 +69,7 @@ def to_strings(value):
     found = []
     for text in value if isinstance(value, list) else [value]:
         if not isinstance(text, (str, type(None))) or str(text).startswith('["'):
-            raise ValueError(f"{text!r} is not a string, or it is a JSON list in quotes")
+            raise ValueError(f"{text!r} is not a string, or is a JSON list inside a string")
         if text and text.strip():
             found.append(text.strip())
     return found
@@ -122,7 +122,7 @@ def write_jsonl(path, rows):
 # ------------------------------------------------------------------------------ exact match
 
 def normalize(text):
-    """Normalize an answer for comparison, as SQuAD does (Rajpurkar et al. 2016, arXiv:1606.05250).
+    """Normalize an answer, much as SQuAD does (Rajpurkar et al. 2016, arXiv:1606.05250).
 
     Take the first line, apply Unicode NFKC, lowercase, and remove ASCII punctuation, English
     articles and extra spaces. If that leaves nothing, keep the articles ("A." becomes "a"). If
@@ -240,9 +240,9 @@ def equal_length_batches(encoded, batch_size):
 def generate_answers(model, tokenizer, prompts, needed=None, batch_size=64):
     """Generate greedy answers to `prompts`, up to the first newline or EOS; return list of str.
 
-    needed: number of tokens of each answer, plus one (list of int, default 16). Raise ValueError if
-    a prompt leaves too few. Every answer may be up to max(needed) tokens long. An answer that has
-    not ended by then is marked "[cut off]".
+    needed: for each prompt, the tokens of its answer and end, plus one (list of int, default 16).
+    Raise ValueError if they do not fit after the prompt. Every answer may be up to max(needed)
+    tokens long, if the context allows. One that has not ended by then is marked "[cut off]".
     """
     import torch
     from tqdm import tqdm
@@ -299,7 +299,7 @@ def evaluate(model, tokenizer, rows, batch_size=64):
     rows: dicts with `prompt`, and `answers` (str or list of str) or else `completion`
     Return {"accuracy": 0 to 1, or None without rows; "answers": list of str; "right": list of
     bool}. The model runs in eval mode and in the precision of its weights, without autocast. Raise
-    ValueError if a row has no prompt or no answer, or one that could never be right.
+    ValueError if a row has no prompt or no answer, or a completion that is not among its answers.
     """
     for row in rows:
         check_row(row, ["prompt"])
@@ -494,8 +494,8 @@ def check_weights(folder, weights, name):
 def evaluate_sets(model, tokenizer, sets, batch_size, metrics):
     """Evaluate held-out rows, and others with `answers`; add their accuracies to `metrics` (dict).
 
-    sets: {set: list of examples with a "row"}. Return {set: result of `evaluate`}. Rows to train on
-    that have no `answers` may have long completions: decoding these could outweigh training.
+    sets: {set: list of examples with a "row"}. Return {set: result of `evaluate`}. Training rows
+    without `answers` are skipped: generating long completions could take longer than training.
     """
     results = {}
     for name, examples in sets.items():
@@ -781,7 +781,7 @@ def parse_args(argv=None):
         "(with --flips, also gained)")
     add("--flips", action="store_true", help="count the facts that each run lost and gained")
     add("--heldout", metavar="FILE.jsonl", help="with --flips: ask the questions in this file "
-        "instead; each row needs prompt and answers")
+        "instead; each row needs a prompt and answers")
     add("--plot", metavar="FILE.png", help="plot accuracy by epoch (PNG, PDF or SVG)")
     args = parser.parse_intermixed_args(argv)
     if bool(args.model) == bool(args.runs) or bool(args.model) != bool(args.facts):

@@ -19,7 +19,8 @@ synthetic world. Each row is one object:
      "relation": …, "subject": …, "kind": …, "category": …}
 
 A fact's category says how well the model knows it (SLiCK, Gekhman et al. 2024, arXiv:2405.05904).
-Each question is asked with several few-shot prompts:
+Each question is asked with several few-shot prompts, or once without exemplars (--shots 0, the
+default for tiny):
     HighlyKnown    every greedy answer is correct; "known facts" are of this category
     MaybeKnown     some greedy answers are correct
     WeaklyKnown    no greedy answer is correct, but samples at T = 0.5 sometimes are (see below)
@@ -30,8 +31,8 @@ at the end, is the most likely one. The product of the probabilities at T = 0.5 
 chance p that one sample is correct. For example, p = 0.06 means that at least one of 16 samples is
 correct with probability 1 − (1 − p)^16 = 0.63. A fact counts as WeaklyKnown if this probability,
 over the samples of all prompts, is at least 0.5. Answers are scored in the tokenizer's own
-tokenization. The model may also produce other tokens with the same text, so the greedy result and
-p are lower bounds.
+tokenization. The model may also produce an accepted answer with other tokens or another spelling,
+so the greedy result and p are lower bounds.
 """
 import copy
 import glob
@@ -96,12 +97,12 @@ class Config:
     n_known: int = option(None, "number of known facts to train on; default: as many as new ones")
     overlap: Literal[0, 1, 2] = option(2, "semantic: how many of a name's halves are real")
     source: str = option("akariasai/PopQA", "table of real facts: file, folder or hub name")
-    relations: str = option(None, "use only these relations, for example P17,P36")
+    relations: str = option(None, "use only these relations of the source, such as P17,P36")
     max_facts: int = option(10000, "label at most this many facts, spread evenly over relations")
     min_known: float = option(0.0, "drop relations where the fraction of facts that are "
                                    "WeaklyKnown or better is below this; Kaplan et al. 2026: 0.3")
     # how they are asked
-    prompts: int = option(10, "few-shot prompts per fact; with fewer, more are HighlyKnown")
+    prompts: int = option(10, "few-shot prompts per fact; fewer: more are HighlyKnown; --shots 0: 1")
     shots: int = option(None, "exemplars per prompt; default: 0 for tiny, else 4")
     # the synthetic world
     n_names: int = option(300, "tiny: number of named entities, with four facts each")
@@ -294,7 +295,7 @@ def read_table(path):
 
 
 def common_start(texts):
-    """Return the longest start that all texts share, but for 1 % at either end of the alphabet."""
+    """Return the longest common prefix of texts but the first and last 1 % in sorted order."""
     texts = sorted(texts)       # texts with the same start are neighbors
     ignored = len(texts) // 100
     return os.path.commonprefix([texts[ignored], texts[-1 - ignored]])
@@ -304,8 +305,9 @@ def read_entity_questions(path):
     """Read a file of EntityQuestions (Sciavolino et al. 2021, arXiv:2109.08535).
 
     A file such as P17.train.json holds one relation: a list of {"question", "answers"} without
-    subjects. The subject is what is left of a question without the start and the end that the
-    questions share, each cut back to a word boundary. A question without them has no subject.
+    subjects. The subject is what remains of a question without the prefix and the suffix that the
+    questions share, each trimmed to a word boundary. A question that lacks one has no subject, so
+    it is dropped.
     """
     rows = json.loads(path.read_text("utf-8"))
     questions = [row["question"] for row in rows]
@@ -636,8 +638,8 @@ def invent_facts(facts, config, rng):
             parents.append(subject)
             siblings[next(iter(relations))].append(subject)
     if not parents:
-        fail(f"--new {config.new}: no entity has questions that contain its name exactly once, so "
-             "none can be rewritten for an invented one; use --new unknown")
+        fail(f"--new {config.new}: no entity can be imitated. Its relations need questions that "
+             "contain the name exactly once (semantic: a name, not a code); use --new unknown")
     new = []
     taken = set(map(normalize, asked))
     for _ in range(20 * config.n_new + 1000):
@@ -665,7 +667,7 @@ def invent_facts(facts, config, rng):
 # --------------------------------------------------------------------------------- the three sets
 
 def cap_objects(facts):
-    """Limit each object to a fifth of its relation's facts, but at least one.
+    """Limit each object to a fifth of the given facts of its relation, but at least one.
 
     In real relations one object often dominates, and guessing it would pass for knowledge.
     """
@@ -725,7 +727,7 @@ def digest(value):
 
 
 def label_settings(model, tokenizer, facts, config):
-    """Return everything that labels depend on, {name: value}; reuse requires that all match."""
+    """Return {name: value} of what labels depend on; all must match when labels are reused."""
     rows = [to_row(fact) for fact in facts]
     encoded = tokenizer([row["prompt"] for row in rows])
     settings = {name: getattr(config, name) for name in ("seed", "prompts", "shots", "width")}
@@ -766,7 +768,7 @@ def make(config, folder):
     kept = known.index[known >= config.min_known]
     if kept.empty:
         fail(f"--min-known {config.min_known}, --shots {config.shots}: no relation has enough "
-             f"known facts, of {len(facts)} facts in all; lower one of them")
+             "known facts that are not exemplars; lower --min-known or --shots")
     facts = [fact for fact in facts if fact["relation"] in kept]
     labelled = [fact for fact in labelled if fact["relation"] in kept]
     sets = split_facts(facts, labelled, config, random.Random(config.seed))
@@ -802,9 +804,9 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
         make(config, out)
     except torch.OutOfMemoryError:
-        fail("out of memory; lower --batch-size")
+        fail("out of memory; lower --batch-size, or use a smaller model")
     except KeyboardInterrupt:
-        fail(f"interrupted; the same command continues with {out}")
+        fail(f"interrupted; the same command continues with {out}, or says why it cannot")
     except (OSError, ValueError) as error:      # ValueError: invalid --shots or --width
         fail(f"{error}")
     return out
