@@ -102,7 +102,7 @@ class Config:
     min_known: float = option(0.0, "drop relations where the fraction of facts that are "
                                    "WeaklyKnown or better is below this; Kaplan et al. 2026: 0.3")
     # how they are asked
-    prompts: int = option(10, "few-shot prompts per fact; fewer: more are HighlyKnown; --shots 0: 1")
+    prompts: int = option(10, "few-shot prompts per fact; with fewer, more are HighlyKnown")
     shots: int = option(None, "exemplars per prompt; default: 0 for tiny, else 4")
     # the synthetic world
     n_names: int = option(300, "tiny: number of named entities, with four facts each")

@@ -40,6 +40,7 @@ TOOLS = {
     "last": "known facts last, by epochs",
     "interpolate": "plain SFT, interpolated, by α",
     "l2": "L2 to the stage-1 weights, by W",
+    "l2loss": "earlier form of L2, a term of the loss",
     "freeze": "freezing",
     "finch": "FINCH, by κ",
     "lora": "LoRA, by rank",
