@@ -345,6 +345,16 @@ def test_plot_has_the_format_of_its_name(workplace):
         assert "is not supported" in refused_plot(workplace, name)
 
 
+def test_pictures_of_the_study_have_the_format_of_their_name(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    import why
+    why.save_figure(why.new_figure(2, 2), tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").read_bytes().startswith(b"<?xml")
+    with pytest.raises(SystemExit):
+        why.save_figure(why.new_figure(2, 2), tmp_path / "a.xyz")
+    assert "is not supported" in capsys.readouterr().err
+
+
 def refused_plot(folder, name):
     """Return the error of a plot to a file of an unknown format."""
     done = call(folder, "eval_hallucination", "x", "--plot", name, ok=False)

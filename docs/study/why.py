@@ -297,9 +297,12 @@ def new_figure(width, height):
 
 
 def save_figure(figure, path):
-    """Write a Figure as a PNG, to a temporary file that is then renamed."""
+    """Write a Figure to a temporary file that is then renamed; the suffix is the format."""
     temporary = Path(f"{path}.tmp")
-    figure.savefig(temporary, format="png", dpi=150)
+    try:
+        figure.savefig(temporary, format=Path(path).suffix[1:], dpi=150)
+    except ValueError as error:
+        fail(f"--plot {path}: {error}")
     temporary.replace(path)
 
 
