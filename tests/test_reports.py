@@ -364,7 +364,7 @@ def refused_plot(folder, name):
 
 def test_own_rows_need_a_model(workplace):
     (workplace / "mine.jsonl").write_text('{"prompt": "Q", "completion": " A"}\n')
-    assert "--train needs --model" in refused(workplace, "sft_baseline", "--train", "mine.jsonl")
+    assert "--train needs a model" in refused(workplace, "sft_baseline", "--train", "mine.jsonl")
     # The base model of a world is named by its fact folder.
     call(workplace, "sft_baseline", "--train", "mine.jsonl", "--facts", "facts/tiny",
          "--epochs", 1, "--out", "x")
