@@ -782,7 +782,7 @@ def parse_args(argv=None):
     add("--flips", action="store_true", help="count the facts that each run lost and gained")
     add("--heldout", metavar="FILE.jsonl", help="with --flips: ask the questions in this file "
         "instead; each row needs a prompt and answers")
-    add("--plot", metavar="FILE.png", help="plot accuracy by epoch (PNG, PDF or SVG); needs matplotlib")
+    add("--plot", metavar="FILE.png", help="plot accuracy by epoch (needs matplotlib)")
     args = parser.parse_intermixed_args(argv)
     if bool(args.model) == bool(args.runs) or bool(args.model) != bool(args.facts):
         fail("pass either run folders to compare, or both --model and --facts to score a model")
