@@ -244,7 +244,8 @@ def test_heads_that_are_not_loaded_are_not_declared(tmp_path, base, capsys):
 
 def test_evaluation_leaves_the_settings_of_a_peft_model_alone(base, world, tmp_path):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(copy.deepcopy(base[0]), peft.LoraConfig(target_modules=["c_attn"]))
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"])
+    model = peft.get_peft_model(copy.deepcopy(base[0]), config)
     own = model.generation_config.to_dict()
     evaluate(model, base[1], rows_of(world / "heldout_known.jsonl")[:4])
     assert model.generation_config.to_dict() == own
