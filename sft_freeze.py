@@ -403,7 +403,7 @@ def freeze(model, config):
     for role in wanted:
         # Reject a misspelt role, and one without parameters in --layers: it would train nothing.
         if role not in roles:
-            fail(f"--trainable {role}: no parameters have this role in --layers {config.layers}; "
+            fail(f"--trainable {role}: no such parameters (--layers {config.layers or 'unset'}); "
                  f"choose all or some of {','.join(roles)}")
         trained.update(split[role])
     # Frozen parameters store no gradients, and the backward pass is shorter.

@@ -100,10 +100,10 @@ def test_roles_of_an_architecture(architecture, capsys):
 
 
 @pytest.mark.parametrize("settings, named", [
-    ({"trainable": "ffn"}, "--trainable ffn: no parameters have this role"),
+    ({"trainable": "ffn"}, "--trainable ffn: no such parameters"),
     ({"trainable": "mlp,,"}, "--trainable :"),
-    ({"trainable": "other"}, "--trainable other: no parameters have this role"),
-    ({"trainable": "embeddings", "layers": "0-1"}, "--layers 0-1; choose all or some of norms,attention,mlp"),
+    ({"trainable": "other"}, "--trainable other: no such parameters"),
+    ({"trainable": "embeddings", "layers": "0-1"}, "--layers 0-1); choose all or some of norms,attention,mlp"),
     ({"layers": "2-3"}, "0 ≤ A ≤ B ≤ 2"),
     ({"layers": "2-1"}, "--layers 2-1"),
     ({"layers": "two"}, "--layers two"),

@@ -223,7 +223,7 @@ def test_bad_rows_of_a_script_alone(tmp_path, world, name):
 
 @pytest.mark.parametrize("script, words, named", [
     ("sft_freeze", "--trainable ffn",
-     "--layers (all) has norms, attention, mlp, embeddings, head"),
+     "choose all or some of norms,attention,mlp,embeddings,head"),
     ("sft_freeze", "--trainable mlp,,", "--trainable :"),
     ("sft_freeze", "--layers 2-9", "0 ≤ A ≤ B ≤ 2"),
     ("sft_selfdistill", "--temperature 0", "--temperature 0"),
