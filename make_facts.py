@@ -295,7 +295,7 @@ def read_table(path):
 
 
 def common_start(texts):
-    """Return the longest common prefix of texts but the first and last 1 % in sorted order."""
+    """Return the longest prefix that texts share; of the sorted texts, ignore 1 % at either end."""
     texts = sorted(texts)       # texts with the same start are neighbors
     ignored = len(texts) // 100
     return os.path.commonprefix([texts[ignored], texts[-1 - ignored]])

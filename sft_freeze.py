@@ -337,17 +337,18 @@ def cross_entropy(model, hidden, batch, counts):
 def pull_to_before(optimizer, model, config):
     """Make each step of the optimizer start with θ ← θ − lr · W · (θ − θ_before).
 
-    θ_before is a copy of the model's current weights, 4 bytes per parameter. This is a second
+    θ_before is a copy of the current trained weights, 4 bytes per parameter. This is a second
     decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101), towards θ_before; AdamW's
     own, towards 0, stays on. As a term of the loss, L2 would pass through Adam, which divides it by
     the gradient's scale.
     """
-    before = [weights.detach().clone() for weights in model.parameters()]
+    trained = [weights for weights in model.parameters() if weights.requires_grad]
+    before = [weights.detach().clone() for weights in trained]
 
     @torch.no_grad()
     def pull(*_):
         fraction = min(1.0, optimizer.param_groups[0]["lr"] * config.l2)
-        for weights, start in zip(model.parameters(), before):
+        for weights, start in zip(trained, before):
             weights.lerp_(start, fraction)
 
     optimizer.register_step_pre_hook(pull)

@@ -160,9 +160,11 @@ def test_resume_with_several_chat_templates(workplace, base, monkeypatch):
     tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
     save(base[0], tokenizer, workplace / "model")
     words = ["--model", "model", "--facts", "facts/tiny", "--epochs", 1, "--out", "x"]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(sft_baseline, "save_state", lambda *_: (_ for _ in ()).throw(
-            KeyboardInterrupt))
+        patch.setattr(sft_baseline, "save_state", interrupt)
         call(workplace, "sft_baseline", *words, ok=False)
     assert (workplace / "x/before").exists()
     call(workplace, "sft_baseline", *words, "--resume")
